@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds, checks and loads the compiled library, once, and remembers why not.
+
+The only file that knows about `.so` files. Everything else asks `select`, which
+answers both "may I use the native op here?" and "why not?".
+
+The choice is tri-state everywhere: None (auto), True (require), False (never). An
+argument that is not None wins over the context manager `use_native`, which wins
+over the environment variable `LBE_OPS_NATIVE` (`1` or `0`), which wins over auto.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import mmap
+import os
+import pathlib
+import re
+import types
+import warnings
+from collections.abc import Iterator
+
+import tensorflow as tf
+
+ENVIRONMENT_VARIABLE = "LBE_OPS_NATIVE"
+LIBRARY_PATH = pathlib.Path(__file__).with_name("libtf_ops.so")
+
+# cc/tf_ops.cc embeds this text, so that the version is known without loading.
+_MARKER = re.compile(rb"lbe_ops was built for TensorFlow (\d+\.\d+)[\w.]*;")
+
+_mode: contextvars.ContextVar[bool | None] = contextvars.ContextVar(
+    "lbe_ops_native", default=None
+)
+
+
+class NativeUnavailableError(RuntimeError):
+    """The native op was required and cannot be used; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Native:
+    """The outcome of the one attempt to load the library.
+
+    Attributes:
+        ops: the module of op wrappers, or None.
+        reason: why `ops` is None; empty where it is not.
+    """
+
+    ops: types.ModuleType | None
+    reason: str
+
+
+@contextlib.contextmanager
+def use_native(native: bool | None) -> Iterator[None]:
+    """Requires (True), forbids (False) or leaves open (None) the native op.
+
+    Holds for ops built in the `with` block, in this thread (or asyncio task); a
+    `tf.function` keeps what was in force when it was traced. An explicit `native=`
+    argument wins over it.
+
+    Example:
+
+    >>> x = tf.random.normal((128, 32))
+    >>> with lbe_ops.use_native(False):
+    ...     h = lbe_ops.batch_entropy(x)  # plain TensorFlow
+    """
+    token = _mode.set(_check_mode(native, "use_native()"))
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+def _check_mode(native: object, source: str) -> bool | None:
+    if native is None or isinstance(native, bool):
+        return native
+    raise TypeError(
+        f"{source} takes True (require the native op), False (never use it) or "
+        f"None (use it where possible). Received: {native!r}"
+    )
+
+
+def requested_mode(native: bool | None = None) -> bool | None:
+    """The mode in force: the argument, the context manager, the environment."""
+    if _check_mode(native, "native=") is not None:
+        return native
+    if _mode.get() is not None:
+        return _mode.get()
+    value = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE} must be 1 (require the native op), 0 (never use "
+            f"it) or unset. Received: {value!r}"
+        )
+    return bool(int(value)) if value else None
+
+
+def select(native: bool | None = None) -> types.ModuleType | None:
+    """The module of native ops if they are to be used here, else None.
+
+    Raises:
+        NativeUnavailableError: the native op is required and cannot be used.
+    """
+    mode = requested_mode(native)
+    if mode is False:
+        return None
+    loaded = load()
+    reason = loaded.reason or _unusable_here()
+    if not reason:
+        return loaded.ops
+    if mode:
+        raise NativeUnavailableError(
+            f"The native op is required, but {reason} Pass native=None (or unset "
+            f"{ENVIRONMENT_VARIABLE}) to fall back to plain TensorFlow."
+        )
+    return None
+
+
+def _unusable_here() -> str:
+    """Why a loaded library cannot serve the function being traced, or ''."""
+    from tensorflow.python.ops import control_flow_util
+
+    if control_flow_util.GraphOrParentsInXlaContext(
+        tf.compat.v1.get_default_graph()
+    ):
+        return (
+            "this function is compiled by XLA (jit_compile=True), for which the "
+            "library has no kernel."
+        )
+    return ""
+
+
+def built_for(path: pathlib.Path) -> str | None:
+    """The TensorFlow minor, such as '2.21', that a library says it was built for."""
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            return None
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            match = _MARKER.search(content)
+            return match.group(1).decode() if match else None
+
+
+@functools.lru_cache(maxsize=1)
+def load() -> Native:
+    """Loads the library at the first call; later calls return the same outcome.
+
+    A missing file is quiet. One that is there and cannot be used gives one warning.
+    """
+    path = LIBRARY_PATH
+    if not path.exists():
+        return Native(
+            None,
+            f"there is no compiled library at {path} (lbe_ops was installed "
+            "without one).",
+        )
+    running = ".".join(tf.__version__.split(".")[:2])
+    try:
+        built = built_for(path)
+        if built is None:
+            reason = f"{path} is damaged or not a library of lbe_ops."
+        elif built != running:
+            # Never load it: TensorFlow's C++ ABI changes with every minor.
+            reason = (
+                f"{path.name} was built for TensorFlow {built}, and this is "
+                f"TensorFlow {tf.__version__}."
+            )
+        else:
+            return Native(tf.load_op_library(os.fspath(path)), "")
+    except (OSError, tf.errors.OpError) as error:
+        reason = f"{path} does not load: {str(error).strip().splitlines()[0]}"
+    warnings.warn(
+        f"lbe_ops falls back to plain TensorFlow: {reason} Rebuild it with "
+        "`pip install --no-build-isolation --force-reinstall --no-deps lbe_ops` "
+        "from its source folder.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return Native(None, reason)

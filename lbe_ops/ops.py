@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batch entropy and unit statistics: the public ops and their gradients.
+
+One call is one native op where the compiled library can be used, and plain
+TensorFlow (`lbe_ops.reference`) with the same results where it cannot.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from lbe_ops import native as native_library
+from lbe_ops import reference
+
+SCALE = math.pi * math.e
+OFFSET = 1.0
+DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
+
+
+class UnitStatistics(NamedTuple):
+    """Statistics over the batch, each of shape `x.shape[1:]`.
+
+    float32, or float64 where x is float64.
+    """
+
+    mean: tf.Tensor
+    variance: tf.Tensor
+    entropy: tf.Tensor
+
+
+def batch_entropy(
+    x: Any,
+    *,
+    ddof: int = 0,
+    scale: float = SCALE,
+    offset: float = OFFSET,
+    native: bool | None = None,
+) -> tf.Tensor:
+    """Batch entropy of a layer's activations: how much they differ over a batch.
+
+    With `v_u` the variance of unit `u` over the batch, in nats,
+
+        H = mean_u 1/2 ln(scale * v_u + offset).
+
+    The default `scale = pi * e`, `offset = 1` is always >= 0 and finite for a dead
+    unit; `scale = 2 * pi * e`, `offset = 0` is the differential entropy of a Gaussian
+    (minus infinity, with an undefined gradient, for a unit that does not vary).
+
+    Differentiable twice and more. The first gradient is one native pass,
+
+        dH/dx_nu = scale * (x_nu - mean_u) / (U (N - ddof) (scale * v_u + offset)),
+
+    finite everywhere for `offset > 0`. NaN and Inf in x come out as NaN. With the
+    native op the result has the same bits whatever the number of threads.
+
+    Args:
+        x: activations `[N, ...]`, N >= 2 samples first; every later position is a
+            unit. float16, bfloat16, float32 or float64, known or unknown shape.
+        ddof: 0 divides the sum of squares by N, 1 by N - 1.
+        scale: positive factor of the variance.
+        offset: what is added to it, >= 0.
+        native: None uses the native op where possible, True requires it, False
+            forbids it.
+
+    Returns:
+        A scalar, float32 (float64 for float64).
+
+    Raises:
+        tf.errors.InvalidArgumentError: fewer than two samples, or no unit.
+        TypeError, ValueError: a dtype, rank or argument that is not served.
+        lbe_ops.NativeUnavailableError: `native=True` and it cannot be used.
+
+    Example:
+
+    >>> x = tf.constant([[0.0, 1.0], [2.0, 1.0]])  # variances 1 and 0
+    >>> float(lbe_ops.batch_entropy(x))            # (ln(pi e + 1) / 2 + 0) / 2
+    0.563847...
+
+    Source: Peer et al., TMLR 2022 (arXiv 2208.01134), with the offset of its code.
+    """
+    x, formula = _check(x, ddof, scale, offset)
+    ops = native_library.select(native)
+    if ops is None:
+        return reference.batch_entropy(x, **formula)
+    return _call(ops, x, formula).entropy
+
+
+def batch_entropy_or_zero(
+    x: Any,
+    *,
+    ddof: int = 0,
+    scale: float = SCALE,
+    offset: float = OFFSET,
+    native: bool | None = None,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """`batch_entropy` for a batch that may turn out too small to have one.
+
+    Returns:
+        `(entropy, valid)`, two scalars: `(H, 1)`, or `(0, 0)` with a gradient of zero
+        where x has fewer than two samples or no unit. Multiply a loss by `valid`.
+    """
+    x, formula = _check(x, ddof, scale, offset)
+    ops = native_library.select(native)
+    if ops is None:
+        return reference.batch_entropy_or_zero(x, **formula)
+    outputs = _call(ops, x, formula, small_batch="zero")
+    return outputs.entropy, outputs.valid
+
+
+def unit_statistics(
+    x: Any,
+    *,
+    ddof: int = 0,
+    scale: float = SCALE,
+    offset: float = OFFSET,
+    native: bool | None = None,
+) -> UnitStatistics:
+    """Mean, variance and entropy of every unit over the batch, in one pass over x.
+
+    Arguments, errors and determinism are those of `batch_entropy`, whose value is
+    the mean of the entropies. Differentiable in all three.
+
+    Example:
+
+    >>> x = tf.constant([[0.0, 1.0], [2.0, 1.0]])
+    >>> lbe_ops.unit_statistics(x).variance.numpy()
+    array([1., 0.], dtype=float32)
+    """
+    x, formula = _check(x, ddof, scale, offset)
+    ops = native_library.select(native)
+    if ops is None:
+        return UnitStatistics(*reference.unit_statistics(x, **formula))
+    outputs = _call(ops, x, formula, statistics_grad=True)
+    return UnitStatistics(
+        outputs.mean,
+        outputs.variance,
+        reference.unit_entropy(outputs.variance, scale, offset),
+    )
+
+
+def _check(
+    x: Any, ddof: int, scale: float, offset: float
+) -> tuple[tf.Tensor, dict[str, Any]]:
+    x = tf.convert_to_tensor(x)
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            "batch_entropy takes float16, bfloat16, float32 or float64; cast first. "
+            f"Received: x with dtype {x.dtype.name}"
+        )
+    if x.shape.rank == 0:
+        raise ValueError(
+            "batch_entropy takes activations of shape [batch, ...]. Received: a scalar"
+        )
+    if ddof not in (0, 1):
+        raise ValueError(
+            f"ddof must be 0 (divide by N) or 1 (divide by N - 1). Received: {ddof!r}"
+        )
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be positive and finite. Received: {scale!r}")
+    if not (math.isfinite(offset) and offset >= 0):
+        raise ValueError(f"offset must be finite and >= 0. Received: {offset!r}")
+    return x, {"ddof": int(ddof), "scale": float(scale), "offset": float(offset)}
+
+
+def _call(ops: Any, x: tf.Tensor, formula: dict[str, Any], **attributes: Any) -> Any:
+    # Float attributes of an op have 32 bits; their text carries all 64.
+    return ops.lbe_batch_entropy(
+        x,
+        ddof=formula["ddof"],
+        scale=repr(formula["scale"]),
+        offset=repr(formula["offset"]),
+        **attributes,
+    )

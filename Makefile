@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` on a fresh machine; see CONTRIBUTING.md for the rest.
+# Everything runs in .venv, on the package that is installed there from its wheel.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+EXTRAS := cpu experiments bench test dev
+
+VENV := .venv
+BIN := $(VENV)/bin
+REQUIREMENTS := $(VENV)/.requirements-installed
+PACKAGE := $(VENV)/.lbe_ops-installed
+SOURCES := $(shell find lbe_ops cc cuda -type f -not -name '*.py[co]' \
+             -not -name '*.so' 2>/dev/null) \
+           CMakeLists.txt setup.py MANIFEST.in README.md LICENSE
+CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.h cuda/*.cu)
+
+.PHONY: help demo test build bench lint format sanitize clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1: /p' Makefile
+
+demo: $(PACKAGE) ## train 200 layers with and without LBE, plots and a short benchmark
+	$(BIN)/lbe-ops train
+	$(BIN)/python benchmarks/bench_op.py --quick --output results/demo/benchmark
+
+test: $(PACKAGE) ## all tests, on the installed wheel
+	LBE_REQUIRE_NATIVE=1 LBE_TEST_INSTALLED=1 $(BIN)/pytest $(PYTEST_ARGS)
+
+build: $(PACKAGE) ## build the wheel into dist/ and install it into .venv
+
+bench: $(PACKAGE) ## the whole benchmark, into results/benchmark
+	$(BIN)/python benchmarks/bench_op.py --output results/benchmark
+
+lint: $(REQUIREMENTS) ## check the style of Python and C++
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(REQUIREMENTS) ## put Python and C++ into that style
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+sanitize: $(REQUIREMENTS) ## kernel tests under ASan + UBSan, then under TSan
+	for kind in address thread; do \
+	  PATH="$(abspath $(BIN)):$$PATH"; \
+	  cmake -S . -B build/$$kind -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -DLBE_SANITIZE=$$kind && \
+	  cmake --build build/$$kind && \
+	  build/$$kind/kernel_test || exit 1; \
+	done
+
+clean: ## remove .venv and everything built; results/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+
+# One line that names what to install, not a page of errors later.
+$(REQUIREMENTS): pyproject.toml .ci/requirements.py
+	@missing=; \
+	if command -v $(PYTHON) >/dev/null; then \
+	  $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing \
+	    $$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"; \
+	  $(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists( \
+	    sysconfig.get_path("include") + "/Python.h"))' || missing="$$missing \
+	    $$($(PYTHON) -c 'import sys; print("python%d.%d-dev" % sys.version_info[:2])')"; \
+	else missing=" python3 python3-venv python3-dev"; fi; \
+	command -v $${CXX:-c++} >/dev/null || missing="$$missing g++"; \
+	if [ -n "$$missing" ]; then \
+	  echo "error: a system package is missing: sudo apt-get install -y" $$missing >&2; \
+	  exit 1; \
+	fi
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python .ci/requirements.py $(EXTRAS) > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install -r $(VENV)/requirements.txt
+	@touch $@
+
+# Without build isolation: TensorFlow is in .venv already. CMake's folder is kept in
+# build/, so that only what changed is compiled again; copies of old modules are not.
+$(PACKAGE): $(REQUIREMENTS) $(SOURCES)
+	rm -rf build/lib* dist
+	$(BIN)/python -m pip wheel -v --no-build-isolation --no-deps -w dist .
+	$(BIN)/python -m pip install --force-reinstall --no-deps dist/lbe_ops-*.whl
+	$(BIN)/lbe-ops info
+	@touch $@

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `python -m lbe_ops info | train`, or `lbe-ops info | train`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from lbe_ops import experiments, info
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """Runs a subcommand; its exit status, None standing for success."""
+    parser = argparse.ArgumentParser(prog="lbe-ops", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    show = commands.add_parser("info", help="versions and the state of the library")
+    show.add_argument("--json", action="store_true", help="print JSON")
+    show.set_defaults(run=_info)
+
+    train = commands.add_parser("train", help="deep plain nets with and without LBE")
+    experiments.add_arguments(train)
+    train.set_defaults(run=experiments.run)
+
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    values = info.collect()
+    print(json.dumps(values, indent=2) if arguments.json else info.render(values))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `python -m lbe_ops info` prints: versions, and what the native library is."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import warnings
+
+import keras
+import tensorflow as tf
+
+import lbe_ops
+from lbe_ops import native
+
+_MODES = {None: "auto", True: "require", False: "never"}
+
+
+def collect() -> dict[str, str | dict[str, str]]:
+    """Everything that a bug report about the installation needs.
+
+    Returns:
+        Names and values in the order in which `render` prints them. `native` and
+        `numpy` are "yes", or "no: " and the reason; `build` is what the compiled
+        code says about itself, empty where there is none.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the reason is printed
+        reason = native.load().reason
+    try:
+        mode = _MODES[native.requested_mode()]
+    except ValueError as error:
+        mode = f"invalid: {error}"
+    build: dict[str, str] = {}
+    simd = "none"
+    try:
+        module = importlib.import_module("lbe_ops._numpy")
+    except ImportError as error:
+        numpy = f"no: {error}"
+    else:
+        numpy, build, simd = "yes", module.build_info(), module.simd_level()
+    return {
+        "lbe_ops": lbe_ops.__version__,
+        "python": platform.python_version(),
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+        "platform": platform.platform(),
+        "native": f"no: {reason}" if reason else "yes",
+        "native_mode": mode,
+        "numpy": numpy,
+        "simd": simd,
+        "cuda": build.get("cuda", "no"),
+        "xla": build.get("xla", "no"),
+        "build": build,
+    }
+
+
+def render(values: dict[str, str | dict[str, str]]) -> str:
+    """The values as lines of text; those of `build` as `built ...`."""
+    build = values["build"]
+    rows = {key: value for key, value in values.items() if key != "build"}
+    rows |= {f"built: {key}": value for key, value in build.items()}
+    width = max(map(len, rows))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The installed package: what it says about itself, and what it asks for."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import pytest
+import tensorflow as tf
+
+import lbe_ops
+from lbe_ops import __main__, info, native
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+needs_installation = pytest.mark.skipif(
+    os.environ.get("LBE_TEST_INSTALLED") != "1",
+    reason="a source folder on sys.path; `make test` tests the installed wheel",
+)
+
+
+def run_python(*arguments, cwd, **env):
+    """Runs another interpreter, outside the source folder."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@needs_installation
+def test_the_tests_import_the_installed_package():
+    assert not pathlib.Path(lbe_ops.__file__).is_relative_to(ROOT / "lbe_ops")
+    assert lbe_ops.__version__ == importlib.metadata.version("lbe_ops")
+
+
+@needs_installation
+def test_version_stands_in_pyproject_alone():
+    line = f'version = "{lbe_ops.__version__}"'
+    assert line in (ROOT / "pyproject.toml").read_text().splitlines()
+    assert info.collect()["build"]["version"] == lbe_ops.__version__
+
+
+@needs_installation
+def test_tensorflow_is_asked_for_by_extras_only():
+    for requirement in importlib.metadata.requires("lbe_ops"):
+        if requirement.startswith("tensorflow"):
+            assert "extra ==" in requirement
+
+
+@needs_installation
+def test_wheel_holds_both_libraries_and_the_licence():
+    names = {file.name for file in importlib.metadata.files("lbe_ops")}
+    assert {"libtf_ops.so", "LICENSE"} <= names
+    assert any(name.startswith("_numpy.") for name in names)
+
+
+def test_info_lists_versions(capsys):
+    __main__.main(["info"])
+    lines = capsys.readouterr().out.splitlines()
+    values = dict(line.split(maxsplit=1) for line in lines if "built:" not in line)
+    assert values["lbe_ops"] == lbe_ops.__version__
+    assert values["tensorflow"] == tf.__version__
+    assert values["keras"] == keras.__version__
+
+
+def test_info_as_json(capsys):
+    __main__.main(["info", "--json"])
+    assert json.loads(capsys.readouterr().out) == info.collect()
+
+
+def test_info_says_whether_the_library_loads(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: native.Native(None, "it is not there."))
+    assert info.collect()["native"] == "no: it is not there."
+    monkeypatch.setattr(native, "load", lambda: native.Native(object(), ""))
+    assert info.collect()["native"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("value", "mode"), [("", "auto"), ("1", "require"), ("0", "never")]
+)
+def test_info_says_what_is_asked_for(monkeypatch, value, mode):
+    monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, value)
+    assert info.collect()["native_mode"] == mode
+
+
+def test_info_survives_a_bad_environment(monkeypatch):
+    monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, "yes")
+    assert "must be 1" in info.collect()["native_mode"]
+
+
+def test_info_says_what_the_library_was_built_with():
+    values = info.collect()
+    if os.environ.get("LBE_REQUIRE_NATIVE") == "1":
+        assert values["native"] == values["numpy"] == "yes"
+    if values["numpy"] == "yes":
+        assert all(isinstance(value, str) for value in values["build"].values())
+        for key in values["build"]:
+            assert f"built: {key}" in info.render(values)
+
+
+def test_command_line_names_its_commands(capsys):
+    with pytest.raises(SystemExit) as error:
+        __main__.main(["no-such-command"])
+    assert error.value.code == 2
+    assert "info" in capsys.readouterr().err
+
+
+def test_module_is_a_command(tmp_path):
+    done = run_python("-m", "lbe_ops", "info", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["lbe_ops"] == lbe_ops.__version__
+
+
+def test_import_without_tensorflow_says_what_to_install(tmp_path):
+    (tmp_path / "without_tensorflow.py").write_text(
+        "import importlib.util\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = (\n"
+        "    lambda name, package=None:\n"
+        "    None if name == 'tensorflow' else find(name, package)\n"
+        ")\n"
+        "import lbe_ops\n"
+    )
+    done = run_python("without_tensorflow.py", cwd=tmp_path)
+    assert done.returncode != 0
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: lbe_ops needs TensorFlow")
+    assert "lbe_ops[cpu]" in last
+    assert "lbe_ops[cuda]" in last

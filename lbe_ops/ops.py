@@ -169,8 +169,56 @@ def _call(ops: Any, x: tf.Tensor, formula: dict[str, Any], **attributes: Any) ->
     # Float attributes of an op have 32 bits; their text carries all 64.
     return ops.lbe_batch_entropy(
         x,
+        result_type=reference.result_dtype(x.dtype),
         ddof=formula["ddof"],
         scale=repr(formula["scale"]),
         offset=repr(formula["offset"]),
         **attributes,
     )
+
+
+@tf.RegisterGradient("LBE>BatchEntropy")
+def _batch_entropy_grad(
+    op: tf.Operation,
+    entropy_grad: tf.Tensor,
+    mean_grad: tf.Tensor,
+    variance_grad: tf.Tensor,
+    _: tf.Tensor,
+) -> tf.Tensor:
+    # Without statistics_grad mean and variance serve this gradient alone; nobody
+    # else sees them.
+    flows = op.get_attr("statistics_grad")
+    return native_library.load().ops.lbe_batch_entropy_grad(
+        op.inputs[0],
+        op.outputs[1],
+        op.outputs[2],
+        entropy_grad,
+        [mean_grad, variance_grad] if flows else [],
+        **{name: op.get_attr(name) for name in ("ddof", "scale", "offset")},
+    )
+
+
+@tf.RegisterGradient("LBE>BatchEntropyGrad")
+def _batch_entropy_grad_grad(
+    op: tf.Operation, dx_grad: tf.Tensor
+) -> list[tf.Tensor | None]:
+    """The gradient of the gradient: TensorFlow differentiates the reference's.
+
+    dx depends on x alone: mean and variance are x's own, so that what flows back
+    through them is part of the gradient with respect to x.
+    """
+    x, _, _, *grads = op.inputs
+    formula = {
+        "ddof": op.get_attr("ddof"),
+        "scale": float(op.get_attr("scale")),
+        "offset": float(op.get_attr("offset")),
+    }
+    with tf.GradientTape() as outer:
+        outer.watch([x, *grads])
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            entropy, _ = reference.batch_entropy_or_zero(x, **formula)
+            targets = [entropy, *reference.moments(x, formula["ddof"])]
+        dx = inner.gradient(targets[: len(grads)], x, output_gradients=grads)
+    x_grad, *grads_grads = outer.gradient(dx, [x, *grads], output_gradients=dx_grad)
+    return [x_grad, None, None, *grads_grads]

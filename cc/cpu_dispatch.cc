@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CPU launchers: picks the instruction set, cuts the work into parts and
+// runs them on the caller's threads. How it is cut never changes a result.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu_kernels.h"
+#include "kernels.h"
+
+namespace lbe {
+namespace {
+
+// Below this many bytes waking another thread costs more than it saves.
+constexpr int64_t kSerialBytes = 256 << 10;
+// Parts a thread, so that a thread that is late does not hold up the others.
+constexpr int64_t kPartsPerThread = 4;
+// A gradient larger than this would push everything else out of the caches.
+constexpr int64_t kStreamBytes = 16 << 20;
+
+struct Simd {
+  const char* name;
+  const CpuLoops* loops;
+};
+
+Simd ChooseSimd() {
+  const char* wanted = std::getenv("LBE_OPS_SIMD");
+  const auto allowed = [wanted](const char* name) {
+    return wanted == nullptr || std::strcmp(wanted, name) == 0;
+  };
+  const bool avx512 = __builtin_cpu_supports("avx512f") != 0;
+  const bool avx2 = __builtin_cpu_supports("avx2") != 0 &&
+                    __builtin_cpu_supports("f16c") != 0;
+  if (avx512 && allowed("avx512")) return {"avx512", CpuLoopsAvx512()};
+  if (avx2 && (allowed("avx2") || allowed("avx512")))
+    return {"avx2", CpuLoopsAvx2()};
+  return {"baseline", CpuLoopsBaseline()};
+}
+
+const Simd& ChosenSimd() {
+  static const Simd simd = ChooseSimd();
+  return simd;
+}
+
+const CpuLoops& LoopsFor(DType dtype) {
+  return ChosenSimd().loops[static_cast<int>(dtype)];
+}
+
+// Rounds to nearest and flushes subnormal numbers to zero while it lives,
+// whatever the thread's own mode is: the same bits on every thread, and no slow
+// arithmetic where a dead network's activations shrink to 1e-40.
+class FloatingPointMode {
+ public:
+  FloatingPointMode() : saved_(_mm_getcsr()) {
+    _mm_setcsr((saved_ & ~_MM_ROUND_MASK) | _MM_FLUSH_ZERO_ON |
+               kDenormalsAreZero);
+  }
+  ~FloatingPointMode() { _mm_setcsr(saved_); }
+  FloatingPointMode(const FloatingPointMode&) = delete;
+  FloatingPointMode& operator=(const FloatingPointMode&) = delete;
+
+ private:
+  static constexpr unsigned kDenormalsAreZero = 0x0040;
+  const unsigned saved_;
+};
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename Body>
+void Run(const Parallel& parallel, int64_t items, const Body& body) {
+  const auto run = [](void* argument, int64_t item) {
+    FloatingPointMode mode;
+    (*static_cast<const Body*>(argument))(item);
+  };
+  void* argument = const_cast<Body*>(&body);
+  if (items == 1 || parallel.threads == 1) {
+    for (int64_t item = 0; item < items; ++item) run(argument, item);
+  } else {
+    parallel.run(parallel.pool, items, run, argument);
+  }
+}
+
+// How the forward pass is cut: tiles of columns, and where these are too few
+// for the threads, parts of rows that are whole nodes of the tree.
+struct ForwardCut {
+  int64_t tile_columns;
+  int64_t tiles;
+  int64_t part_rows;
+  int64_t parts;
+};
+
+ForwardCut CutForward(const CpuLoops& loops, int64_t rows, int64_t units,
+                      int threads) {
+  const int64_t bytes = rows * units * loops.element_bytes;
+  const bool serial = threads == 1 || bytes < kSerialBytes;
+  const int64_t wanted = serial ? 1 : threads * kPartsPerThread;
+  // At least 256 columns a tile: shorter pieces of rows are read slowly.
+  int64_t tile = std::clamp(CeilDiv(units, wanted), 4 * kGroup, kTile);
+  tile = CeilDiv(tile, kGroup) * kGroup;
+  const int64_t tiles = CeilDiv(units, tile);
+  // Parts of at least 64 leaves, and as many as the threads need.
+  int64_t leaves = CeilDiv(rows, kLeafRows);
+  int64_t part = 1;
+  while (part < leaves) part *= 2;
+  while (part > 64 && tiles * CeilDiv(leaves, part) < wanted) part /= 2;
+  return {tile, tiles, part * kLeafRows, CeilDiv(leaves, part)};
+}
+
+// Merges the moments of parts [first, first + parts) into those of the first.
+void MergeParts(const CpuLoops& loops, const ForwardCut& cut, int64_t rows,
+                int64_t first, int64_t parts, int64_t columns, int64_t pitch,
+                char* mean, char* m2) {
+  if (parts == 1) return;
+  const int64_t left = LeftLeaves(parts);
+  const int64_t middle = first + left;
+  MergeParts(loops, cut, rows, first, left, columns, pitch, mean, m2);
+  MergeParts(loops, cut, rows, middle, parts - left, columns, pitch, mean, m2);
+  const int64_t end = std::min((first + parts) * cut.part_rows, rows);
+  loops.merge(left * cut.part_rows, end - middle * cut.part_rows, columns,
+              mean + middle * pitch, m2 + middle * pitch, mean + first * pitch,
+              m2 + first * pitch);
+}
+
+}  // namespace
+
+const char* CpuSimdLevel() { return ChosenSimd().name; }
+
+int64_t BatchEntropyForwardCpuWorkspace(DType dtype, int64_t rows,
+                                        int64_t units, int threads) {
+  const CpuLoops& loops = LoopsFor(dtype);
+  const ForwardCut cut = CutForward(loops, rows, units, threads);
+  const int64_t sums = CeilDiv(units, kGroup) * sizeof(double);
+  const int64_t moments =
+      cut.parts > 1 ? 2 * cut.parts * units * loops.result_bytes : 0;
+  return CeilDiv(sums, 64) * 64 + moments;
+}
+
+void BatchEntropyForwardCpu(const Parallel& parallel, DType dtype,
+                            const void* x, int64_t rows, int64_t units,
+                            const Formula& formula, void* workspace, void* mean,
+                            void* variance, void* entropy) {
+  const CpuLoops& loops = LoopsFor(dtype);
+  const ForwardCut cut = CutForward(loops, rows, units, parallel.threads);
+  const int64_t groups = CeilDiv(units, kGroup);
+  double* sums = static_cast<double*>(workspace);
+  const auto at = [&loops](void* base, int64_t index) {
+    return static_cast<char*>(base) + index * loops.result_bytes;
+  };
+  const auto finish = [&](int64_t column, int64_t columns) {
+    loops.finish(rows, columns, formula, at(variance, column),
+                 sums + column / kGroup);
+  };
+  const auto columns_of = [&](int64_t tile) {
+    return std::min(cut.tile_columns, units - tile * cut.tile_columns);
+  };
+  if (cut.parts == 1) {
+    Run(parallel, cut.tiles, [&](int64_t tile) {
+      const int64_t column = tile * cut.tile_columns;
+      const int64_t columns = columns_of(tile);
+      loops.moments(x, units, 0, rows, column, columns, at(mean, column),
+                    at(variance, column));
+      finish(column, columns);
+    });
+  } else {
+    // Part p's moments: means at part_mean + p * pitch, m2 alike.
+    const int64_t pitch = units * loops.result_bytes;
+    char* part_mean = static_cast<char*>(workspace) +
+                      CeilDiv(groups * sizeof(double), 64) * 64;
+    char* part_m2 = part_mean + cut.parts * pitch;
+    Run(parallel, cut.tiles * cut.parts, [&](int64_t item) {
+      const int64_t part = item / cut.tiles;
+      const int64_t column = item % cut.tiles * cut.tile_columns;
+      const int64_t row = part * cut.part_rows;
+      loops.moments(x, units, row, std::min(cut.part_rows, rows - row), column,
+                    columns_of(item % cut.tiles),
+                    at(part_mean + part * pitch, column),
+                    at(part_m2 + part * pitch, column));
+    });
+    Run(parallel, cut.tiles, [&](int64_t tile) {
+      const int64_t column = tile * cut.tile_columns;
+      const int64_t columns = columns_of(tile);
+      char* tile_mean = at(part_mean, column);
+      char* tile_m2 = at(part_m2, column);
+      MergeParts(loops, cut, rows, 0, cut.parts, columns, pitch, tile_mean,
+                 tile_m2);
+      std::memcpy(at(mean, column), tile_mean, columns * loops.result_bytes);
+      std::memcpy(at(variance, column), tile_m2, columns * loops.result_bytes);
+      finish(column, columns);
+    });
+  }
+  double sum = 0;
+  for (int64_t group = 0; group < groups; ++group) sum += sums[group];
+  const double result = sum / static_cast<double>(units);
+  if (dtype == DType::kFloat64) {
+    *static_cast<double*>(entropy) = result;
+  } else {
+    *static_cast<float*>(entropy) = static_cast<float>(result);
+  }
+}
+
+void BatchEntropyGradCpu(const Parallel& parallel, DType dtype, const void* x,
+                         int64_t rows, int64_t units, const Formula& formula,
+                         const void* mean, const void* variance,
+                         const void* entropy_grad, const void* mean_grad,
+                         const void* variance_grad, void* dx) {
+  const CpuLoops& loops = LoopsFor(dtype);
+  const GradientOperands operands = {
+      x,        rows,         units,     &formula,      mean,
+      variance, entropy_grad, mean_grad, variance_grad, dx};
+  const int64_t pitch = units * loops.element_bytes;
+  const int64_t bytes = rows * pitch;
+  const bool stream = dx != x && bytes > kStreamBytes && pitch % 64 == 0 &&
+                      reinterpret_cast<uintptr_t>(dx) % 64 == 0;
+  const bool serial = parallel.threads == 1 || bytes < kSerialBytes;
+  const int64_t tiles = CeilDiv(units, kTile);
+  // The slopes are made anew for each item, at the price of a few rows.
+  const int64_t wanted = serial ? 1 : parallel.threads * kPartsPerThread;
+  const int64_t item_rows =
+      std::min(rows, std::max<int64_t>(32, CeilDiv(rows * tiles, wanted)));
+  const int64_t row_items = CeilDiv(rows, item_rows);
+  Run(parallel, row_items * tiles, [&](int64_t item) {
+    const int64_t row = item / tiles * item_rows;
+    const int64_t column = item % tiles * kTile;
+    loops.gradient(operands, row, std::min(item_rows, rows - row), column,
+                   std::min(kTile, units - column), stream);
+  });
+}
+
+}  // namespace lbe

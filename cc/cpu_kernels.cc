@@ -1,0 +1,423 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CPU loops over rows and columns, for one instruction set.
+//
+// CMake compiles this file once for each instruction set, with LBE_CPU_LOOPS
+// naming the table that it defines; cpu_dispatch.cc picks one at run time. All
+// functions are local or always inlined, so that the linker never merges code
+// of different instruction sets.
+
+#include "cpu_kernels.h"
+
+#include <immintrin.h>
+
+#ifndef LBE_CPU_LOOPS
+#error "LBE_CPU_LOOPS must name the table to define"
+#endif
+
+namespace lbe {
+namespace {
+
+// A line of accumulators, which the compiler splits into what the instruction
+// set has. 64 bytes, so that 8 rows in the same cache set are each read once.
+constexpr int kLineBytes = 64;
+typedef float FloatLine __attribute__((vector_size(kLineBytes)));
+typedef double DoubleLine __attribute__((vector_size(kLineBytes)));
+typedef int32_t Int32Line __attribute__((vector_size(kLineBytes)));
+typedef int64_t Int64Line __attribute__((vector_size(kLineBytes)));
+typedef uint32_t Uint32Line __attribute__((vector_size(kLineBytes)));
+typedef uint16_t Uint16Line __attribute__((vector_size(kLineBytes / 2)));
+
+}  // namespace
+
+template <>
+struct Integers<FloatLine> {
+  using type = Int32Line;
+  LBE_MATH FloatLine Convert(const type& k) {
+    return __builtin_convertvector(k, FloatLine);
+  }
+};
+template <>
+struct Integers<DoubleLine> {
+  using type = Int64Line;
+  LBE_MATH DoubleLine Convert(const type& k) {
+    return __builtin_convertvector(k, DoubleLine);
+  }
+};
+
+namespace {
+
+template <typename V>
+LBE_MATH V LoadLine(const void* from) {
+  V line;
+  __builtin_memcpy(&line, from, sizeof(line));
+  return line;
+}
+
+template <typename V>
+LBE_MATH void StoreLine(const V& line, void* to) {
+  __builtin_memcpy(to, &line, sizeof(line));
+}
+
+// Elements widened to a line of accumulators, and a line rounded to elements.
+template <typename Element>
+struct Convert;
+
+template <>
+struct Convert<float> {
+  using Scalar = float;
+  using Line = FloatLine;
+  LBE_MATH FloatLine Load(const float* x) { return LoadLine<FloatLine>(x); }
+  LBE_MATH void Store(const FloatLine& line, float* x) { StoreLine(line, x); }
+};
+
+template <>
+struct Convert<double> {
+  using Scalar = double;
+  using Line = DoubleLine;
+  LBE_MATH DoubleLine Load(const double* x) { return LoadLine<DoubleLine>(x); }
+  LBE_MATH void Store(const DoubleLine& line, double* x) { StoreLine(line, x); }
+};
+
+template <>
+struct Convert<BFloat16> {
+  using Scalar = float;
+  using Line = FloatLine;
+  LBE_MATH FloatLine Load(const BFloat16* x) {
+    const auto bits = LoadLine<Uint16Line>(x);
+    return BitCast<FloatLine>(__builtin_convertvector(bits, Uint32Line) << 16);
+  }
+  LBE_MATH void Store(const FloatLine& line, BFloat16* x) {
+    const auto bits = BitCast<Uint32Line>(line);
+    // To nearest, ties to even; a NaN keeps its sign and stays a NaN.
+    const Uint32Line rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Uint32Line nan = (bits >> 16) | 0x40;
+    const Uint32Line result = line == line ? rounded : nan;
+    StoreLine(__builtin_convertvector(result, Uint16Line), x);
+  }
+};
+
+template <>
+struct Convert<Half> {
+  using Scalar = float;
+  using Line = FloatLine;
+#if defined(__AVX512F__)
+  LBE_MATH FloatLine Load(const Half* x) {
+    return _mm512_cvtph_ps(LoadLine<__m256i>(x));
+  }
+  LBE_MATH void Store(const FloatLine& line, Half* x) {
+    StoreLine(_mm512_cvtps_ph(line, _MM_FROUND_TO_NEAREST_INT), x);
+  }
+#elif defined(__F16C__)
+  LBE_MATH FloatLine Load(const Half* x) {
+    const __m256 halves[2] = {_mm256_cvtph_ps(LoadLine<__m128i>(x)),
+                              _mm256_cvtph_ps(LoadLine<__m128i>(x + 8))};
+    return LoadLine<FloatLine>(halves);
+  }
+  LBE_MATH void Store(const FloatLine& line, Half* x) {
+    __m256 halves[2];
+    StoreLine(line, halves);
+    StoreLine(_mm256_cvtps_ph(halves[0], _MM_FROUND_TO_NEAREST_INT), x);
+    StoreLine(_mm256_cvtps_ph(halves[1], _MM_FROUND_TO_NEAREST_INT), x + 8);
+  }
+#else
+  LBE_MATH FloatLine Load(const Half* x) {
+    const auto bits =
+        __builtin_convertvector(LoadLine<Uint16Line>(x), Uint32Line);
+    const Uint32Line magnitude = bits & 0x7fff;
+    // Rebias the exponent from 15 to 127; Inf and NaN get the largest one.
+    const Uint32Line normal = (magnitude << 13) + (112u << 23);
+    const Uint32Line special = (magnitude << 13) | 0x7f800000;
+    // A subnormal is its mantissa times 2^-24: by arithmetic, since the
+    // processor may be flushing subnormal floats.
+    const FloatLine small =
+        __builtin_convertvector(BitCast<Int32Line>(magnitude), FloatLine) *
+        5.9604644775390625e-8f;
+    Uint32Line result = magnitude >= 0x7c00 ? special : normal;
+    result = magnitude < 0x400 ? BitCast<Uint32Line>(small) : result;
+    return BitCast<FloatLine>(result | ((bits & 0x8000) << 16));
+  }
+  LBE_MATH void Store(const FloatLine& line, Half* x) {
+    const auto bits = BitCast<Uint32Line>(line);
+    const Uint32Line magnitude = bits & 0x7fffffff;
+    // To nearest, ties to even. Normal: drop 13 bits of the mantissa. Below
+    // 2^-14: adding 1/2 leaves the subnormal's mantissa, rounded, in the lowest
+    // bits.
+    const Uint32Line normal =
+        (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+    const Uint32Line small =
+        BitCast<Uint32Line>(BitCast<FloatLine>(magnitude) + 0.5f) - 0x3f000000;
+    const Uint32Line nan = Uint32Line{} + 0x7e00;
+    const Uint32Line infinity = Uint32Line{} + 0x7c00;
+    Uint32Line result = magnitude < 0x38800000 ? small : normal;
+    result = magnitude >= 0x477ff000 ? infinity : result;
+    result = magnitude > 0x7f800000 ? nan : result;
+    result |= (bits >> 16) & 0x8000;
+    StoreLine(__builtin_convertvector(result, Uint16Line), x);
+  }
+#endif
+};
+
+// 64 aligned bytes written around the caches.
+LBE_MATH void StreamLine(const void* line, void* to) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), LoadLine<__m512i>(line));
+#else
+  for (int i = 0; i < 4; ++i) {
+    _mm_stream_si128(static_cast<__m128i*>(to) + i,
+                     LoadLine<__m128i>(static_cast<const __m128i*>(line) + i));
+  }
+#endif
+}
+
+template <typename Element>
+struct Loops {
+  using Scalar = typename Convert<Element>::Scalar;
+  using Line = typename Convert<Element>::Line;
+  static constexpr int64_t kLanes = kLineBytes / sizeof(Scalar);
+  // Leaves whose moments stay in registers until they are one node of the tree.
+  static constexpr int kChunkLeaves = 4;
+  static constexpr int64_t kChunkRows = kChunkLeaves * kLeafRows;
+
+  // `columns` < kLanes elements; the other lanes are 0.
+  static Line LoadPart(const Element* x, int64_t columns) {
+    Element padded[kLanes] = {};
+    __builtin_memcpy(padded, x, columns * sizeof(Element));
+    return Convert<Element>::Load(padded);
+  }
+
+  static void StorePart(const Line& line, int64_t columns, Element* x) {
+    Element padded[kLanes];
+    Convert<Element>::Store(line, padded);
+    __builtin_memcpy(x, padded, columns * sizeof(Element));
+  }
+
+  // Moments of leaf rows [0, rows) of one line of columns.
+  template <typename Load>
+  LBE_MATH Moments<Line> Leaf(const Load& load, const Element* x,
+                              int64_t stride, int rows) {
+    Line lines[kLeafRows];
+    for (int r = 0; r < kLeafRows; ++r) {
+      lines[r] = r < rows ? load(x + r * stride) : Line{};
+    }
+    return LeafMoments<Scalar>(lines, rows);
+  }
+
+  // Moments of one line of columns over at most kChunkRows rows.
+  template <typename Load>
+  LBE_MATH Moments<Line> ChunkLine(const Load& load, const Element* x,
+                                   int64_t stride, int rows) {
+    if (rows == kChunkRows) {
+      constexpr int kHalf = 2 * kLeafRows;
+      const auto one = WeightsOf<Scalar>(kLeafRows, kLeafRows);
+      const auto two = WeightsOf<Scalar>(kHalf, kHalf);
+      const auto left =
+          Merge(Leaf(load, x, stride, kLeafRows),
+                Leaf(load, x + kLeafRows * stride, stride, kLeafRows), one);
+      x += kHalf * stride;
+      const auto right =
+          Merge(Leaf(load, x, stride, kLeafRows),
+                Leaf(load, x + kLeafRows * stride, stride, kLeafRows), one);
+      return Merge(left, right, two);
+    }
+    return Subtree(load, x, stride, rows);
+  }
+
+  template <typename Load>
+  static Moments<Line> Subtree(const Load& load, const Element* x,
+                               int64_t stride, int rows) {
+    if (rows <= kLeafRows) return Leaf(load, x, stride, rows);
+    const int64_t leaves = (rows + kLeafRows - 1) / kLeafRows;
+    const int left = static_cast<int>(LeftLeaves(leaves) * kLeafRows);
+    return Merge(Subtree(load, x, stride, left),
+                 Subtree(load, x + left * stride, stride, rows - left),
+                 WeightsOf<Scalar>(left, rows - left));
+  }
+
+  static void Chunk(const Element* x, int64_t stride, int rows, int64_t columns,
+                    Line* mean, Line* m2) {
+    const auto load = [](const Element* p) __attribute__((always_inline)) {
+      return Convert<Element>::Load(p);
+    };
+    int64_t line = 0;
+    for (; (line + 1) * kLanes <= columns; ++line) {
+      const auto moments = ChunkLine(load, x + line * kLanes, stride, rows);
+      mean[line] = moments.mean;
+      m2[line] = moments.m2;
+    }
+    const int64_t rest = columns - line * kLanes;
+    if (rest > 0) {
+      const auto load_part = [rest](const Element* p) {
+        return LoadPart(p, rest);
+      };
+      const auto moments = Subtree(load_part, x + line * kLanes, stride, rows);
+      mean[line] = moments.mean;
+      m2[line] = moments.m2;
+    }
+  }
+
+  // The tree over the rows; `mean` and `m2` have room for kTile columns.
+  static void Tree(const Element* x, int64_t stride, int64_t rows,
+                   int64_t columns, Line* mean, Line* m2) {
+    if (rows <= kChunkRows) {
+      Chunk(x, stride, static_cast<int>(rows), columns, mean, m2);
+      return;
+    }
+    const int64_t left =
+        LeftLeaves((rows + kLeafRows - 1) / kLeafRows) * kLeafRows;
+    Tree(x, stride, left, columns, mean, m2);
+    alignas(kLineBytes) Line right_mean[kTile / kLanes];
+    alignas(kLineBytes) Line right_m2[kTile / kLanes];
+    Tree(x + left * stride, stride, rows - left, columns, right_mean, right_m2);
+    const auto weights = WeightsOf<Scalar>(left, rows - left);
+    for (int64_t line = 0; line * kLanes < columns; ++line) {
+      const auto merged = Merge(Moments<Line>{mean[line], m2[line]},
+                                {right_mean[line], right_m2[line]}, weights);
+      mean[line] = merged.mean;
+      m2[line] = merged.m2;
+    }
+  }
+
+  static void MomentsOf(const void* x, int64_t units, int64_t row, int64_t rows,
+                        int64_t column, int64_t columns, void* mean, void* m2) {
+    alignas(kLineBytes) Line tile_mean[kTile / kLanes];
+    alignas(kLineBytes) Line tile_m2[kTile / kLanes];
+    Tree(static_cast<const Element*>(x) + row * units + column, units, rows,
+         columns, tile_mean, tile_m2);
+    __builtin_memcpy(mean, tile_mean, columns * sizeof(Scalar));
+    __builtin_memcpy(m2, tile_m2, columns * sizeof(Scalar));
+  }
+
+  // Reads and writes lines of a result, of which the last may be short.
+  LBE_MATH Line LoadResult(const void* from, int64_t column, int64_t columns) {
+    const Scalar* p = static_cast<const Scalar*>(from) + column;
+    if (column + kLanes <= columns) return LoadLine<Line>(p);
+    Line line = {};
+    __builtin_memcpy(&line, p, (columns - column) * sizeof(Scalar));
+    return line;
+  }
+  LBE_MATH void StoreResult(const Line& line, int64_t column, int64_t columns,
+                            void* to) {
+    Scalar* p = static_cast<Scalar*>(to) + column;
+    if (column + kLanes <= columns) return StoreLine(line, p);
+    __builtin_memcpy(p, &line, (columns - column) * sizeof(Scalar));
+  }
+
+  static void MergeInto(int64_t a_rows, int64_t b_rows, int64_t columns,
+                        const void* b_mean, const void* b_m2, void* mean,
+                        void* m2) {
+    const auto weights = WeightsOf<Scalar>(a_rows, b_rows);
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      const auto merged = Merge<Scalar, Line>(
+          {LoadResult(mean, c, columns), LoadResult(m2, c, columns)},
+          {LoadResult(b_mean, c, columns), LoadResult(b_m2, c, columns)},
+          weights);
+      StoreResult(merged.mean, c, columns, mean);
+      StoreResult(merged.m2, c, columns, m2);
+    }
+  }
+
+  static void Finish(int64_t rows, int64_t columns, const Formula& formula,
+                     void* m2, double* group_sums) {
+    const auto factors = EntropyFactorsOf<Scalar>(formula);
+    const Scalar freedom = static_cast<Scalar>(rows - formula.ddof);
+    for (int64_t group = 0; group < columns; group += kGroup) {
+      double sum = 0;
+      for (int64_t c = group; c < group + kGroup && c < columns; c += kLanes) {
+        const Line variance = LoadResult(m2, c, columns) / freedom;
+        StoreResult(variance, c, columns, m2);
+        const Line entropy = UnitEntropy<Scalar>(variance, factors);
+        for (int64_t lane = 0; lane < kLanes && c + lane < columns; ++lane) {
+          sum += entropy[lane];
+        }
+      }
+      group_sums[group / kGroup] = sum;
+    }
+  }
+
+  template <bool kStream, bool kOffset>
+  static void GradientRows(const Element* x, int64_t stride, int64_t rows,
+                           int64_t columns, const Line* mean, const Line* slope,
+                           const Line* offset, Element* dx) {
+    const auto gradient =
+        [&](int64_t line, const Line& value) __attribute__((always_inline)) {
+          const Line result = slope[line] * (value - mean[line]);
+          return kOffset ? Line(offset[line] + result) : result;
+        };
+    // Elements that fill a cache line: two lines of accumulators for half
+    // types.
+    constexpr int64_t kStep = kStream ? kLineBytes / sizeof(Element) : kLanes;
+    for (int64_t row = 0; row < rows; ++row, x += stride, dx += stride) {
+      int64_t c = 0;
+      for (; c + kStep <= columns; c += kStep) {
+        if constexpr (kStream) {
+          alignas(kLineBytes) Element out[kStep];
+          for (int64_t part = 0; part < kStep; part += kLanes) {
+            Convert<Element>::Store(
+                gradient((c + part) / kLanes,
+                         Convert<Element>::Load(x + c + part)),
+                out + part);
+          }
+          StreamLine(out, dx + c);
+        } else {
+          Convert<Element>::Store(
+              gradient(c / kLanes, Convert<Element>::Load(x + c)), dx + c);
+        }
+      }
+      for (; c < columns; c += kLanes) {
+        const int64_t rest = columns - c < kLanes ? columns - c : kLanes;
+        StorePart(gradient(c / kLanes, LoadPart(x + c, rest)), rest, dx + c);
+      }
+    }
+    if constexpr (kStream) _mm_sfence();
+  }
+
+  static void Gradient(const GradientOperands& operands, int64_t row,
+                       int64_t rows, int64_t column, int64_t columns,
+                       bool stream) {
+    const auto factors =
+        GradientFactorsOf(*static_cast<const Scalar*>(operands.entropy_grad),
+                          operands.rows, operands.units, *operands.formula);
+    const bool has_offset = operands.mean_grad != nullptr;
+    alignas(kLineBytes) Line mean[kTile / kLanes];
+    alignas(kLineBytes) Line slope[kTile / kLanes];
+    alignas(kLineBytes) Line offset[kTile / kLanes];
+    const int64_t end = column + columns;
+    for (int64_t line = 0; line * kLanes < columns; ++line) {
+      const int64_t c = column + line * kLanes;
+      mean[line] = LoadResult(operands.mean, c, end);
+      slope[line] =
+          EntropySlope(LoadResult(operands.variance, c, end), factors);
+      if (has_offset) {
+        slope[line] +=
+            LoadResult(operands.variance_grad, c, end) * factors.variance;
+        offset[line] = LoadResult(operands.mean_grad, c, end) * factors.mean;
+      }
+    }
+    const int64_t first = row * operands.units + column;
+    const auto run =
+        has_offset
+            ? (stream ? GradientRows<true, true> : GradientRows<false, true>)
+            : (stream ? GradientRows<true, false> : GradientRows<false, false>);
+    run(static_cast<const Element*>(operands.x) + first, operands.units, rows,
+        columns, mean, slope, offset,
+        static_cast<Element*>(operands.dx) + first);
+  }
+};
+
+}  // namespace
+
+const CpuLoops* LBE_CPU_LOOPS() {
+  static constexpr CpuLoops kLoops[] = {
+#define LBE_DTYPE(name, element, result)                    \
+  {                                                         \
+      sizeof(element),           sizeof(result),            \
+      Loops<element>::MomentsOf, Loops<element>::MergeInto, \
+      Loops<element>::Finish,    Loops<element>::Gradient},
+      LBE_FOR_EACH_DTYPE(LBE_DTYPE)
+#undef LBE_DTYPE
+  };
+  return kLoops;
+}
+
+}  // namespace lbe

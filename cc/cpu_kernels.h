@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The table of CPU loops that each instruction set provides.
+//
+// cpu_kernels.cc fills one per instruction set; cpu_dispatch.cc picks one.
+
+#ifndef LBE_OPS_CC_CPU_KERNELS_H_
+#define LBE_OPS_CC_CPU_KERNELS_H_
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace lbe {
+
+// Columns are worked on in tiles of at most this many, in groups of kGroup
+// columns: a group's entropies are summed first, then the groups, whatever the
+// tiling.
+constexpr int64_t kTile = 1024;
+constexpr int64_t kGroup = 64;
+
+// The operands of one gradient; see BatchEntropyGradCpu.
+struct GradientOperands {
+  const void* x;  // [rows, units]
+  int64_t rows;
+  int64_t units;
+  const Formula* formula;
+  const void* mean;
+  const void* variance;
+  const void* entropy_grad;
+  const void* mean_grad;
+  const void* variance_grad;
+  void* dx;
+};
+
+// The loops for one dtype. Moments and statistics are arrays of its result
+// type.
+struct CpuLoops {
+  int64_t element_bytes;
+  int64_t result_bytes;
+
+  // Moments of columns [column, column + columns), columns <= kTile, over rows
+  // [row, row + rows) of x [.., units], to mean and m2 [columns].
+  void (*moments)(const void* x, int64_t units, int64_t row, int64_t rows,
+                  int64_t column, int64_t columns, void* mean, void* m2);
+  // Merges the moments of b_rows rows into those of a_rows rows, all [columns].
+  void (*merge)(int64_t a_rows, int64_t b_rows, int64_t columns,
+                const void* b_mean, const void* b_m2, void* mean, void* m2);
+  // m2 [columns] of all rows to variance, in place, and the entropies of each
+  // kGroup columns to one sum.
+  void (*finish)(int64_t rows, int64_t columns, const Formula& formula,
+                 void* m2, double* group_sums);
+  // That part of dx, columns <= kTile; with `stream`, written around the
+  // caches, for which every row of dx and `column` must start at a multiple of
+  // 64 bytes.
+  void (*gradient)(const GradientOperands& operands, int64_t row, int64_t rows,
+                   int64_t column, int64_t columns, bool stream);
+};
+
+// One entry for each dtype, in the order of DType.
+const CpuLoops* CpuLoopsBaseline();
+const CpuLoops* CpuLoopsAvx2();
+const CpuLoops* CpuLoopsAvx512();
+
+}  // namespace lbe
+
+#endif  // LBE_OPS_CC_CPU_KERNELS_H_

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The boundary between kernels and frameworks: what the launchers take.
+//
+// Called by tf_ops.cc and numpy_module.cc; no type of TensorFlow, XLA or
+// pybind11 crosses it. Kernels do not allocate, do not throw and know no
+// framework.
+
+#ifndef LBE_OPS_CC_KERNELS_H_
+#define LBE_OPS_CC_KERNELS_H_
+
+#include <cstdint>
+
+#include "batch_entropy.h"
+
+namespace lbe {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// Every dtype that the ops serve: name, element, type of accumulators and
+// results.
+#define LBE_FOR_EACH_DTYPE(DO)   \
+  DO(kFloat16, Half, float)      \
+  DO(kBFloat16, BFloat16, float) \
+  DO(kFloat32, float, float)     \
+  DO(kFloat64, double, double)
+
+enum class DType {
+#define LBE_DTYPE(name, element, result) name,
+  LBE_FOR_EACH_DTYPE(LBE_DTYPE)
+#undef LBE_DTYPE
+};
+
+// Where a CPU kernel's parts run: `run(pool, items, body, argument)` calls
+// body(argument, i) for every i in [0, items), in any order, on up to `threads`
+// threads, and returns when all have returned. Results never depend on it.
+struct Parallel {
+  int threads;
+  void* pool;
+  void (*run)(void* pool, int64_t items,
+              void (*body)(void* argument, int64_t item), void* argument);
+};
+
+// Bytes of workspace, 64-byte aligned, for BatchEntropyForwardCpu.
+int64_t BatchEntropyForwardCpuWorkspace(DType dtype, int64_t rows,
+                                        int64_t units, int threads);
+
+// Reads x [rows, units], row-major, once. Writes mean [units] and variance
+// [units] and the scalar entropy, all of the dtype's result type. REQUIRES:
+// rows > formula.ddof, units >= 1.
+void BatchEntropyForwardCpu(const Parallel& parallel, DType dtype,
+                            const void* x, int64_t rows, int64_t units,
+                            const Formula& formula, void* workspace, void* mean,
+                            void* variance, void* entropy);
+
+// Writes dx [rows, units], the gradient of
+//   entropy_grad * entropy + sum_u(mean_grad * mean + variance_grad * variance)
+// with entropy_grad a scalar and mean_grad, variance_grad [units] or both null.
+// dx may be x itself. REQUIRES: as above.
+void BatchEntropyGradCpu(const Parallel& parallel, DType dtype, const void* x,
+                         int64_t rows, int64_t units, const Formula& formula,
+                         const void* mean, const void* variance,
+                         const void* entropy_grad, const void* mean_grad,
+                         const void* variance_grad, void* dx);
+
+// The instruction set in use: "avx512", "avx2" or "baseline". The best one that
+// the processor has, unless the environment variable LBE_OPS_SIMD names a lower
+// one.
+const char* CpuSimdLevel();
+
+}  // namespace lbe
+
+#endif  // LBE_OPS_CC_KERNELS_H_

@@ -1,0 +1,341 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The TensorFlow ops LBE>BatchEntropy and LBE>BatchEntropyGrad: schema, shape
+// function and CPU kernel, forward and gradient side by side.
+//
+// Glue: checks, allocates, calls the launchers of kernels.h, reports.
+
+#include <cmath>
+#include <cstring>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "kernels.h"
+#include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/lib/core/threadpool.h"
+
+// native.py reads this from the file before it loads it.
+extern "C" const char kLbeOpsMarker[] __attribute__((used)) =
+    "lbe_ops was built for TensorFlow " LBE_TENSORFLOW_VERSION ";";
+
+namespace lbe {
+namespace {
+
+using ::tensorflow::DataType;
+using ::tensorflow::OpKernel;
+using ::tensorflow::OpKernelConstruction;
+using ::tensorflow::OpKernelContext;
+using ::tensorflow::Tensor;
+using ::tensorflow::TensorShape;
+using ::tensorflow::shape_inference::InferenceContext;
+using ::tensorflow::shape_inference::ShapeHandle;
+
+template <typename... Parts>
+absl::Status InvalidArgument(const Parts&... parts) {
+  return absl::InvalidArgumentError(absl::StrCat(parts...));
+}
+
+// The shape of one sample: that of x without its first dimension.
+absl::Status UnitShape(InferenceContext* c, ShapeHandle* units) {
+  ShapeHandle x;
+  TF_RETURN_IF_ERROR(c->WithRankAtLeast(c->input(0), 1, &x));
+  return c->Subshape(x, 1, units);
+}
+
+REGISTER_OP("LBE>BatchEntropy")
+    .Input("x: T")
+    .Output("entropy: result_type")
+    .Output("mean: result_type")
+    .Output("variance: result_type")
+    .Output("valid: result_type")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("result_type: {float, double} = DT_FLOAT")
+    .Attr("ddof: int >= 0 = 0")
+    .Attr("scale: string = '8.539734222673566'")
+    .Attr("offset: string = '1.0'")
+    .Attr("small_batch: {'error', 'zero'} = 'error'")
+    .Attr("statistics_grad: bool = false")
+    .SetShapeFn([](InferenceContext* c) -> absl::Status {
+      ShapeHandle units;
+      TF_RETURN_IF_ERROR(UnitShape(c, &units));
+      c->set_output(0, c->Scalar());
+      c->set_output(1, units);
+      c->set_output(2, units);
+      c->set_output(3, c->Scalar());
+      return absl::OkStatus();
+    })
+    .Doc(R"doc(
+Batch entropy of a layer's activations, and the statistics of every unit.
+
+With v the variance of a unit over the batch, the entropy is the mean over all units
+of 1/2 ln(scale * v + offset), in nats. One pass over x; the same bits whatever the
+number of threads. NaN and Inf in x come out as NaN.
+
+x: Activations [N, ...]; every later position is a unit.
+entropy: A scalar.
+mean: The mean of every unit, of the shape of one sample.
+variance: The variance of every unit.
+valid: 1, or 0 where small_batch is 'zero' and x has N < 2 or no unit.
+result_type: double if T is double, else float.
+ddof: The sum of squares is divided by N - ddof; 0 or 1.
+scale: A positive number, as text: attributes of type float have 32 bits.
+offset: A number >= 0, as text.
+small_batch: Where N < 2 or x has no unit, 'error' fails and 'zero' returns zeros.
+statistics_grad: Whether gradients flow through mean and variance, too.
+)doc");
+
+REGISTER_OP("LBE>BatchEntropyGrad")
+    .Input("x: T")
+    .Input("mean: result_type")
+    .Input("variance: result_type")
+    .Input("entropy_grad: result_type")
+    .Input("statistic_grads: statistics * result_type")
+    .Output("dx: T")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("result_type: {float, double} = DT_FLOAT")
+    .Attr("statistics: int >= 0 = 0")
+    .Attr("ddof: int >= 0 = 0")
+    .Attr("scale: string = '8.539734222673566'")
+    .Attr("offset: string = '1.0'")
+    .SetShapeFn([](InferenceContext* c) -> absl::Status {
+      ShapeHandle units, scalar;
+      TF_RETURN_IF_ERROR(UnitShape(c, &units));
+      for (int i = 1; i < c->num_inputs(); ++i) {
+        if (i == 3) continue;
+        TF_RETURN_IF_ERROR(c->Merge(units, c->input(i), &units));
+      }
+      TF_RETURN_IF_ERROR(c->WithRank(c->input(3), 0, &scalar));
+      c->set_output(0, c->input(0));
+      return absl::OkStatus();
+    })
+    .Doc(R"doc(
+Gradient of LBE>BatchEntropy.
+
+x: The activations [N, ...] that LBE>BatchEntropy received.
+mean: The mean that it returned.
+variance: The variance that it returned.
+entropy_grad: The gradient with respect to the entropy, a scalar.
+statistic_grads: None, or the gradients with respect to mean and variance.
+dx: The gradient with respect to x; 0 where N < 2.
+)doc");
+
+// TensorFlow's dtype to the kernels' own.
+absl::Status ToDType(DataType type, DType* dtype) {
+  switch (type) {
+    case tensorflow::DT_HALF:
+      *dtype = DType::kFloat16;
+      return absl::OkStatus();
+    case tensorflow::DT_BFLOAT16:
+      *dtype = DType::kBFloat16;
+      return absl::OkStatus();
+    case tensorflow::DT_FLOAT:
+      *dtype = DType::kFloat32;
+      return absl::OkStatus();
+    case tensorflow::DT_DOUBLE:
+      *dtype = DType::kFloat64;
+      return absl::OkStatus();
+    default:
+      return InvalidArgument("lbe_ops has no kernel for ",
+                             tensorflow::DataTypeString(type));
+  }
+}
+
+absl::Status NumberAttr(OpKernelConstruction* context, const char* name,
+                        double* value) {
+  std::string text;
+  TF_RETURN_IF_ERROR(context->GetAttr(name, &text));
+  if (!absl::SimpleAtod(text, value) || !std::isfinite(*value)) {
+    return InvalidArgument(name, " must be a finite number. Received: '", text,
+                           "'");
+  }
+  return absl::OkStatus();
+}
+
+// What the kernels of both ops share: attributes and the sizes of x.
+class BatchEntropyKernel : public OpKernel {
+ public:
+  explicit BatchEntropyKernel(OpKernelConstruction* context)
+      : OpKernel(context) {
+    DataType type, result_type;
+    OP_REQUIRES_OK(context, context->GetAttr("T", &type));
+    OP_REQUIRES_OK(context, context->GetAttr("result_type", &result_type));
+    OP_REQUIRES_OK(context, ToDType(type, &dtype_));
+    OP_REQUIRES(context,
+                (type == tensorflow::DT_DOUBLE) ==
+                    (result_type == tensorflow::DT_DOUBLE),
+                InvalidArgument(
+                    "result_type must be double where T is double, and float "
+                    "elsewhere. Received: T = ",
+                    tensorflow::DataTypeString(type), ", result_type = ",
+                    tensorflow::DataTypeString(result_type)));
+    int64_t ddof;
+    OP_REQUIRES_OK(context, context->GetAttr("ddof", &ddof));
+    OP_REQUIRES(context, ddof <= 1,
+                InvalidArgument("ddof must be 0 or 1. Received: ", ddof));
+    formula_.ddof = ddof;
+    OP_REQUIRES_OK(context, NumberAttr(context, "scale", &formula_.scale));
+    OP_REQUIRES_OK(context, NumberAttr(context, "offset", &formula_.offset));
+    OP_REQUIRES(
+        context, formula_.scale > 0 && formula_.offset >= 0,
+        InvalidArgument("scale must be positive and offset >= 0. Received: "
+                        "scale = ",
+                        formula_.scale, ", offset = ", formula_.offset));
+  }
+
+  // Run where it becomes ready: a layer's statistics take less time than waking
+  // another thread, and large ones are cut into parts anyway.
+  bool IsExpensive() override { return false; }
+
+ protected:
+  struct Sizes {
+    int64_t rows;
+    int64_t units;
+    TensorShape unit_shape;
+    bool enough() const { return rows >= 2 && units >= 1; }
+  };
+
+  static absl::Status SizesOf(const Tensor& x, Sizes* sizes) {
+    if (x.dims() < 1) {
+      return InvalidArgument(
+          "x must have shape [batch, ...]. Received: a scalar");
+    }
+    sizes->rows = x.dim_size(0);
+    sizes->unit_shape = x.shape();
+    sizes->unit_shape.RemoveDim(0);
+    sizes->units = sizes->unit_shape.num_elements();
+    return absl::OkStatus();
+  }
+
+  static Parallel ParallelOf(OpKernelContext* context) {
+    auto* pool = context->device()->tensorflow_cpu_worker_threads()->workers;
+    return {pool->NumThreads(), pool,
+            [](void* pool, int64_t items, void (*body)(void*, int64_t),
+               void* argument) {
+              using tensorflow::thread::ThreadPool;
+              static_cast<ThreadPool*>(pool)->ParallelFor(
+                  items, ThreadPool::SchedulingParams::Fixed(1),
+                  [body, argument](int64_t begin, int64_t end) {
+                    for (int64_t item = begin; item < end; ++item)
+                      body(argument, item);
+                  });
+            }};
+  }
+
+  DType dtype_;
+  Formula formula_;
+};
+
+void SetZero(Tensor* tensor) {
+  std::memset(const_cast<char*>(tensor->tensor_data().data()), 0,
+              tensor->TotalBytes());
+}
+
+class BatchEntropyCpu : public BatchEntropyKernel {
+ public:
+  explicit BatchEntropyCpu(OpKernelConstruction* context)
+      : BatchEntropyKernel(context) {
+    std::string small_batch;
+    OP_REQUIRES_OK(context, context->GetAttr("small_batch", &small_batch));
+    zero_small_batch_ = small_batch == "zero";
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& x = context->input(0);
+    Sizes sizes;
+    OP_REQUIRES_OK(context, SizesOf(x, &sizes));
+    OP_REQUIRES(
+        context, sizes.enough() || zero_small_batch_,
+        InvalidArgument(
+            "batch_entropy needs a batch of at least 2 samples, since the "
+            "variance of a single one is undefined, and at least one "
+            "unit. Received: x of shape ",
+            x.shape().DebugString()));
+    Tensor *entropy, *mean, *variance, *valid;
+    OP_REQUIRES_OK(context,
+                   context->allocate_output(0, TensorShape({}), &entropy));
+    OP_REQUIRES_OK(context,
+                   context->allocate_output(1, sizes.unit_shape, &mean));
+    OP_REQUIRES_OK(context,
+                   context->allocate_output(2, sizes.unit_shape, &variance));
+    OP_REQUIRES_OK(context,
+                   context->allocate_output(3, TensorShape({}), &valid));
+    if (dtype_ == DType::kFloat64) {
+      valid->scalar<double>()() = sizes.enough();
+    } else {
+      valid->scalar<float>()() = sizes.enough();
+    }
+    if (!sizes.enough()) {
+      for (Tensor* output : {entropy, mean, variance}) SetZero(output);
+      return;
+    }
+    const Parallel parallel = ParallelOf(context);
+    Tensor workspace;
+    OP_REQUIRES_OK(context,
+                   context->allocate_temp(
+                       tensorflow::DT_INT8,
+                       TensorShape({BatchEntropyForwardCpuWorkspace(
+                           dtype_, sizes.rows, sizes.units, parallel.threads)}),
+                       &workspace));
+    BatchEntropyForwardCpu(parallel, dtype_, x.data(), sizes.rows, sizes.units,
+                           formula_, workspace.data(), mean->data(),
+                           variance->data(), entropy->data());
+  }
+
+ private:
+  bool zero_small_batch_;
+};
+
+class BatchEntropyGradCpuKernel : public BatchEntropyKernel {
+ public:
+  using BatchEntropyKernel::BatchEntropyKernel;
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& x = context->input(0);
+    Sizes sizes;
+    OP_REQUIRES_OK(context, SizesOf(x, &sizes));
+    OP_REQUIRES(
+        context, context->input(3).dims() == 0,
+        InvalidArgument("entropy_grad must be a scalar. Received: shape ",
+                        context->input(3).shape().DebugString()));
+    const int inputs = context->num_inputs();
+    OP_REQUIRES(
+        context, inputs == 4 || inputs == 6,
+        InvalidArgument("statistic_grads must be empty or the gradients of "
+                        "mean and variance. Received: ",
+                        inputs - 4, " tensors"));
+    for (int i = 1; i < inputs; ++i) {
+      OP_REQUIRES(
+          context, i == 3 || context->input(i).shape() == sizes.unit_shape,
+          InvalidArgument("input ", i, " must have the shape of one sample, ",
+                          sizes.unit_shape.DebugString(), ". Received: ",
+                          context->input(i).shape().DebugString()));
+    }
+    Tensor* dx;
+    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
+                                {0}, 0, x.shape(), &dx));
+    if (!sizes.enough()) {
+      SetZero(dx);
+      return;
+    }
+    BatchEntropyGradCpu(ParallelOf(context), dtype_, x.data(), sizes.rows,
+                        sizes.units, formula_, context->input(1).data(),
+                        context->input(2).data(), context->input(3).data(),
+                        inputs == 6 ? context->input(4).data() : nullptr,
+                        inputs == 6 ? context->input(5).data() : nullptr,
+                        dx->data());
+  }
+};
+
+REGISTER_KERNEL_BUILDER(Name("LBE>BatchEntropy").Device(tensorflow::DEVICE_CPU),
+                        BatchEntropyCpu);
+REGISTER_KERNEL_BUILDER(
+    Name("LBE>BatchEntropyGrad").Device(tensorflow::DEVICE_CPU),
+    BatchEntropyGradCpuKernel);
+
+}  // namespace
+}  // namespace lbe

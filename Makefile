@@ -13,7 +13,7 @@ PACKAGE := $(VENV)/.lbe_ops-installed
 SOURCES := $(shell find lbe_ops cc cuda -type f -not -name '*.py[co]' \
              -not -name '*.so' 2>/dev/null) \
            CMakeLists.txt setup.py MANIFEST.in README.md LICENSE
-CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.h cuda/*.cu)
+CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.h cuda/*.cu tests/*.cc)
 
 .PHONY: help demo test build bench lint format sanitize clean
 .NOTPARALLEL:
@@ -45,12 +45,11 @@ format: $(REQUIREMENTS) ## put Python and C++ into that style
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 sanitize: $(REQUIREMENTS) ## kernel tests under ASan + UBSan, then under TSan
-	for kind in address thread; do \
-	  PATH="$(abspath $(BIN)):$$PATH"; \
-	  cmake -S . -B build/$$kind -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -DLBE_SANITIZE=$$kind && \
-	  cmake --build build/$$kind && \
-	  build/$$kind/kernel_test || exit 1; \
+	export PATH="$(abspath $(BIN)):$$PATH"; \
+	for sanitizers in address,undefined thread; do \
+	  folder=build/$$sanitizers; \
+	  cmake -S . -B $$folder -G Ninja -DLBE_SANITIZE=$$sanitizers && \
+	  cmake --build $$folder && $$folder/kernel_test || exit 1; \
 	done
 
 clean: ## remove .venv and everything built; results/ stays

@@ -36,7 +36,7 @@ def tensorflow_requirement() -> list[str]:
 
 
 class CMakeBuild(build_ext):
-    """Puts `libtf_ops.so` and `_numpy.*.so` into the package folder."""
+    """Puts `lbe_ops/libtf_ops.so` and the module `lbe_ops_numpy` into the wheel."""
 
     def build_extension(self, ext: Extension) -> None:
         output = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -63,6 +63,6 @@ class CMakeBuild(build_ext):
 
 setup(
     cmdclass={"build_ext": CMakeBuild},
-    ext_modules=[Extension("lbe_ops._numpy", sources=[])],
+    ext_modules=[Extension("lbe_ops_numpy", sources=[])],
     setup_requires=tensorflow_requirement(),
 )

@@ -34,7 +34,7 @@ def collect() -> dict[str, str | dict[str, str]]:
     build: dict[str, str] = {}
     simd = "none"
     try:
-        module = importlib.import_module("lbe_ops._numpy")
+        module = importlib.import_module("lbe_ops_numpy")
     except ImportError as error:
         numpy = f"no: {error}"
     else:

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`LBEModel`: a Keras model whose loss is `CE + strength * mean_l(LBE_l) * CE + ...`.
+
+The regularizers of a forward pass report their entropies to a `Record`, which
+travels with the outputs; `compute_loss` makes the loss of all layers out of it at
+once. `fit`, `evaluate` and everything else are those of Keras.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src.models.functional import Functional, functional_from_config
+from keras.src.utils import tracking
+
+from lbe_ops.regularizer import (
+    ALPHA_NAME,
+    LBERegularizer,
+    Record,
+    in_layer_call,
+    lbe_losses,
+    recording,
+)
+
+_in_step: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "lbe_ops_in_step", default=False
+)
+
+
+class LBEModel(keras.Model):
+    """Trains with layerwise batch entropy (LBE), multiplied by the compiled loss.
+
+    With `CE` the loss given to `compile` (any loss, with its weights and sample
+    weights) and `LBE_l` the LBE of layer l (see `LBERegularizer`), the loss is
+
+        CE + LBE_strength * mean_l(LBE_l) * CE + the other losses of the model.
+
+    LBE layers are found wherever they are, in nested models too; a layer that is
+    called twice counts twice. Everything else is `keras.Model`: Functional
+    (`LBEModel(inputs, outputs)`) or subclassed with a `call` of its own.
+
+    LBE is part of the loss in `fit` and `evaluate`, and in loops of your own for
+    outputs of `model(x, training=True)`, passed to `model.compute_loss` as they are.
+    It is absent from `predict`, from plain calls and from exported models.
+
+    Logs beside `loss` and the compiled metrics: `ce` (the compiled loss alone), `lbe`
+    (`mean_l(LBE_l) * CE`, without the strength) and `max_lbe` (`max_l(LBE_l) * CE`).
+
+    Args:
+        inputs: as for `keras.Model`; not for a subclass with its own `call`.
+        outputs: likewise.
+        LBE_strength: weight of LBE, >= 0, independent of the batch size. It is fixed
+            when the training function is built; call `compile` after changing it.
+        name: name of the model.
+        **kwargs: as for `keras.Model`.
+
+    Raises:
+        ValueError: LBE_strength is negative.
+
+    Example:
+
+    >>> inputs = keras.Input((20,))
+    >>> x = Dense_LBE(32, activation="relu")(inputs)
+    >>> model = LBEModel(inputs, keras.layers.Dense(10)(x), LBE_strength=0.5)
+    >>> model.compile("adam", keras.losses.SparseCategoricalCrossentropy(True))
+
+    Source: Peer et al., TMLR 2022 (arXiv 2208.01134).
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> LBEModel:
+        if cls is LBEModel and (args or "inputs" in kwargs):
+            cls = LBEFunctional
+        return super().__new__(cls, *args, **kwargs)
+
+    def __init__(
+        self,
+        inputs: Any = None,
+        outputs: Any = None,
+        LBE_strength: float = 1.5,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not LBE_strength >= 0:
+            raise ValueError(
+                f"LBE_strength must be >= 0. Received: LBE_strength={LBE_strength!r}"
+            )
+        if inputs is None:
+            super().__init__(name=name, **kwargs)
+        else:
+            cls = type(self)
+            if not issubclass(cls, Functional):
+                # Keras would make LBEModel itself Functional, and with it every
+                # subclass that has a call of its own.
+                cls.__bases__ = (*cls.__bases__, Functional)
+            super().__init__(inputs, outputs, name=name, **kwargs)
+        self.LBE_strength = float(LBE_strength)
+        # Not tracked: nested in another model, they must not appear in its logs.
+        with tracking.DotNotTrackScope():
+            self._lbe_metrics = [
+                keras.metrics.Mean(name=name) for name in ("ce", "lbe", "max_lbe")
+            ]
+
+    @property
+    def lbe_regularizers(self) -> list[LBERegularizer]:
+        """Every LBE regularizer in the model, once, nested models included."""
+        return [
+            layer
+            for layer in self._flatten_layers(include_self=False)
+            if isinstance(layer, LBERegularizer)
+        ]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if in_layer_call():  # the outermost model makes the loss
+            return super().__call__(*args, **kwargs)
+        with recording(Record(always=_in_step.get())) as record:
+            outputs = super().__call__(*args, **kwargs)
+        for output in tf.nest.flatten(outputs):
+            if tf.is_tensor(output):
+                # The record lives as long as the outputs that it belongs to, so it
+                # can be neither stale nor another thread's.
+                output._lbe_record = record
+        return outputs
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """One step of `fit`: that of Keras, with LBE whatever `call` takes."""
+        with _step():
+            return super().train_step(data)
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        """One step of `evaluate`: that of Keras, with LBE in the loss."""
+        with _step():
+            return super().test_step(data)
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """The metrics of Keras, with `ce`, `lbe` and `max_lbe` after the loss."""
+        metrics = super().metrics
+        if self.compiled:
+            metrics[1:1] = self._lbe_metrics
+        return metrics
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> tf.Tensor:
+        """The total loss of one batch.
+
+        Args:
+            x: inputs of the batch; their number of samples weighs the logged means.
+            y: targets.
+            y_pred: what `model(x, training=True)` returned, unchanged.
+            sample_weight: as for the compiled loss.
+            training: whether missing entropies are an error.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: y_pred is not the output of this model, or no loss was
+                compiled.
+        """
+        _exclude_alpha_from_weight_decay(self.optimizer)
+        record = _record_of(y_pred)
+        if record is None and training and self.lbe_regularizers:
+            raise ValueError(
+                "compute_loss needs y_pred as the model returned it, in the same "
+                "function: it carries the batch entropies of that forward pass. "
+                "Received a y_pred that does not come from calling this model (or was "
+                "changed since)."
+            )
+        entries = record.entries if record else []
+        if self._compile_loss is None:
+            if entries:
+                raise ValueError(
+                    "LBE is multiplied by the compiled loss, and there is none. "
+                    "Provide a `loss` argument in `compile()`."
+                )
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        ce = self._compile_loss(y, y_pred, sample_weight)
+        mean, maximum = _mean_and_max(entries, ce.dtype)
+        samples = tf.shape(tf.nest.flatten((x, y_pred))[0])[0]
+        # Keras has divided the loss by the number of replicas, which then add up.
+        full = ce * tf.distribute.get_strategy().num_replicas_in_sync
+        for metric, value in zip(
+            self._lbe_metrics, (full, mean * full, maximum * full), strict=True
+        ):
+            metric.update_state(value, sample_weight=samples)
+        others = [self._aggregate_additional_loss(loss) for loss in self.losses]
+        return tf.add_n([ce, self.LBE_strength * mean * ce, *others])
+
+
+@keras.saving.register_keras_serializable(package="lbe_ops")
+class LBEFunctional(LBEModel, Functional):
+    """What `LBEModel(inputs, outputs)` makes, as Keras makes `Functional`."""
+
+    def get_config(self) -> dict[str, Any]:
+        """The layers and how they are connected, and the strength."""
+        # A Functional model of any other signature than Keras' refuses to say.
+        config = Functional(self.input, self.output, name=self.name).get_config()
+        return {
+            **config,
+            "trainable": self.trainable,
+            "LBE_strength": self.LBE_strength,
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> LBEFunctional:
+        """The model that `get_config` described."""
+        return functional_from_config(cls, dict(config), custom_objects)
+
+
+LBE_Model = LBEModel
+
+
+@contextlib.contextmanager
+def _step() -> Iterator[None]:
+    token = _in_step.set(True)
+    try:
+        yield
+    finally:
+        _in_step.reset(token)
+
+
+def _record_of(y_pred: Any) -> Record | None:
+    for output in tf.nest.flatten(y_pred):
+        record = getattr(output, "_lbe_record", None)
+        if record is not None:
+            return record
+    return None
+
+
+def _mean_and_max(entries: list[Any], dtype: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mean and maximum of LBE over layers, in a few vector ops for all of them."""
+    if not entries:
+        return tf.zeros((), dtype), tf.zeros((), dtype)
+    regularizers = [entry.regularizer for entry in entries]
+    losses = lbe_losses(
+        tf.stack([tf.cast(entry.entropy, dtype) for entry in entries]),
+        tf.stack([tf.cast(entry.valid, dtype) for entry in entries]),
+        tf.cast(tf.stack([r.lbe_alpha.value for r in regularizers]), dtype),
+        [r.lbe_alpha_min for r in regularizers],
+        [r.lbe_beta for r in regularizers],
+    )
+    return tf.reduce_mean(losses), tf.reduce_max(losses)
+
+
+def _exclude_alpha_from_weight_decay(optimizer: Any) -> None:
+    """Adds alpha to what the optimizer's weight decay leaves alone already."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # loss scaling
+    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+    if optimizer is None or (pattern and pattern.search(ALPHA_NAME)):
+        return
+    variables = getattr(optimizer, "_exclude_from_weight_decay", set())
+    names = [pattern.pattern] if pattern else []
+    optimizer.exclude_from_weight_decay(var_names=[ALPHA_NAME, *names])
+    optimizer._exclude_from_weight_decay = variables

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`LBERegularizer`: layerwise batch entropy as the activity regularizer of a layer.
+
+Keras calls it with the output of its layer. Under an `LBEModel` it reports the
+entropy to the model's `Record`, and the model makes the loss; anywhere else it
+returns its own loss. Its `lbe_alpha` is a weight like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src.backend.common import global_state
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+from keras.src.saving import saving_lib
+from tensorflow.python import pywrap_tfe
+
+from lbe_ops import ops
+
+ALPHA_NAME = "lbe_alpha"
+
+# From 3.14 on (and in Keras 2) a layer divides the value of its activity regularizer
+# by the batch size. LBE is a mean over the batch already.
+_KERAS_DIVIDES = tuple(int(n) for n in keras.__version__.split(".")[:2]) >= (3, 14)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One call of a regularizer: the scalars of `ops.batch_entropy_or_zero`."""
+
+    regularizer: LBERegularizer
+    entropy: tf.Tensor
+    valid: tf.Tensor
+
+
+class Record:
+    """What the regularizers of one forward pass of an `LBEModel` have seen.
+
+    Args:
+        always: record whatever `training` is, and not in training only.
+    """
+
+    def __init__(self, always: bool) -> None:
+        self.always = always
+        self.entries: list[Entry] = []
+        self._graph = _current_graph()
+
+    def add(self, entry: Entry, layer: str) -> None:
+        """Raises where the entropy could not leave the function it was made in."""
+        if _current_graph() is not self._graph:
+            raise ValueError(
+                f"The LBE layer {layer} is called inside a function of its own "
+                "(tf.function, tf.cond, tf.while_loop, tf.map_fn) within the forward "
+                "pass of its model, which cannot use its entropy. Call it outside, or "
+                "put LBE on the layer around it: with_lbe(outer_layer)."
+            )
+        self.entries.append(entry)
+
+
+_record: contextvars.ContextVar[Record | None] = contextvars.ContextVar(
+    "lbe_ops_record", default=None
+)
+
+
+@contextlib.contextmanager
+def recording(record: Record) -> Iterator[Record]:
+    """Sends what the regularizers see to `record`, in this thread."""
+    token = _record.set(record)
+    try:
+        yield record
+    finally:
+        _record.reset(token)
+
+
+def lbe_losses(
+    entropy: tf.Tensor,
+    valid: tf.Tensor,
+    alpha: tf.Tensor,
+    alpha_min: Any,
+    beta: Any,
+) -> tf.Tensor:
+    """`LBE = valid * beta * (H - max(|alpha|, alpha_min))^2`, element by element.
+
+    `tf.maximum` gives the gradient of a tie to its first argument: alpha can leave
+    alpha_min.
+    """
+    target = tf.maximum(tf.abs(alpha), tf.constant(alpha_min, alpha.dtype))
+    return valid * beta * tf.square(entropy - target)
+
+
+@keras.saving.register_keras_serializable(package="lbe_ops")
+class LBERegularizer(keras.layers.Layer):
+    """Activity regularizer that pulls a layer's batch entropy towards alpha.
+
+    For the batch entropy `H` of the layer's output (nats; see
+    `lbe_ops.batch_entropy`),
+
+        LBE = lbe_beta * (H - max(lbe_alpha_min, |lbe_alpha|))^2,
+
+    where `lbe_alpha` is trained together with the weights of the layer. Under an
+    `LBEModel` the model combines the LBE of all layers; in any other model LBE is
+    added to the loss, whatever the batch size and the version of Keras.
+
+    A batch of fewer than two samples adds neither loss nor gradient. The result is
+    float32 (float64 for float64) under every dtype policy. In a plain Keras model
+    that runs for inference, only plain TensorFlow ops are used (unless
+    `native=True`), so that an exported model does not need this package.
+
+    Args:
+        lbe_alpha: initial value of the entropy to reach, in nats; trainable.
+        lbe_alpha_min: what that entropy cannot fall below, >= 0.
+        lbe_beta: weight of the layer's LBE, >= 0.
+        other_activity_regularizer: one more activity regularizer of the same layer
+            (anything that Keras takes for one). Its value is added unscaled by LBE.
+        ddof: 0 divides the sum of squares by N, 1 by N - 1.
+        scale: positive factor of the variance.
+        offset: what is added to it, >= 0.
+        native: None uses the native op where possible, True requires it, False
+            forbids it.
+        name: name of the regularizer.
+        trainable: False keeps alpha as it is.
+
+    Attributes:
+        lbe_alpha: the variable (`keras.Variable`, float32 scalar).
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Example:
+
+    >>> layer = keras.layers.Dense(
+    ...     32, activation="relu", activity_regularizer=LBERegularizer(lbe_alpha=1.0)
+    ... )
+
+    Source: Peer et al., TMLR 2022 (arXiv 2208.01134).
+    """
+
+    def __init__(
+        self,
+        lbe_alpha: float = 0.5,
+        lbe_alpha_min: float = 0.3,
+        lbe_beta: float = 0.2,
+        other_activity_regularizer: Any = None,
+        *,
+        ddof: int = 0,
+        scale: float = ops.SCALE,
+        offset: float = ops.OFFSET,
+        native: bool | None = None,
+        name: str | None = None,
+        trainable: bool = True,
+    ) -> None:
+        super().__init__(name=name, trainable=trainable, dtype="float32")
+        _check_finite("lbe_alpha", lbe_alpha)
+        _check_finite("lbe_alpha_min", lbe_alpha_min, at_least=0)
+        _check_finite("lbe_beta", lbe_beta, at_least=0)
+        other = keras.regularizers.get(other_activity_regularizer)
+        if isinstance(other, LBERegularizer):
+            raise ValueError(
+                "other_activity_regularizer must not be an LBERegularizer itself. "
+                f"Received: other_activity_regularizer={other}"
+            )
+        self.lbe_alpha_min = float(lbe_alpha_min)
+        self.lbe_beta = float(lbe_beta)
+        self.other_activity_regularizer = other
+        self.ddof = ddof
+        self.scale = scale
+        self.offset = offset
+        self.native = native
+        # Made here and not in build(): a Functional model lists its variables before
+        # its first call. autocast=False: float32 in mixed precision too.
+        self.lbe_alpha = self.add_weight(
+            name=ALPHA_NAME,
+            shape=(),
+            initializer=keras.initializers.Constant(float(lbe_alpha)),
+            dtype="float32",
+            autocast=False,
+        )
+        self.built = True
+
+    @property
+    def alpha(self) -> tf.Tensor:
+        """The entropy that the layer is pulled to: `max(lbe_alpha_min, |lbe_alpha|)`."""
+        return tf.maximum(tf.abs(self.lbe_alpha.value), self.lbe_alpha_min)
+
+    def __call__(self, x: Any) -> Any:
+        # Layer.__call__ would cost more than the entropy; only symbolic inputs of a
+        # Functional model need it.
+        if isinstance(x, keras.KerasTensor):
+            return super().__call__(x)
+        return self.call(x)
+
+    def call(self, x: Any) -> tf.Tensor:
+        """The loss to add for activations `[N, ...]`; zero where a model records."""
+        if in_symbolic_scope():  # Keras infers shapes only
+            return tf.zeros(())
+        layer = _calling_layer()
+        record = _record.get()
+        training = _training()
+        if record is not None and not (record.always or training):
+            return self._other(x)
+        if (record is not None or training) and pywrap_tfe.TFE_Py_TapeSetIsStopped():
+            raise RuntimeError(
+                f"The LBE layer {_name(layer)} is called where gradients are not "
+                "recorded, as inside a rematerialised block (keras.RematScope, "
+                "tf.recompute_grad): its LBE would be without a gradient. Take the "
+                "layer out of the block, or put LBE on the output of the whole block: "
+                "with_lbe(block)."
+            )
+        native = self.native
+        if record is None and not training and not tf.executing_eagerly():
+            # This graph may be exported and served without the native library.
+            native = native or False
+        entropy, valid = ops.batch_entropy_or_zero(
+            x, ddof=self.ddof, scale=self.scale, offset=self.offset, native=native
+        )
+        if record is not None:
+            record.add(Entry(self, entropy, valid), _name(layer))
+            return self._other(x)
+        loss = lbe_losses(
+            entropy,
+            valid,
+            tf.cast(self.lbe_alpha.value, entropy.dtype),
+            self.lbe_alpha_min,
+            self.lbe_beta,
+        )
+        if _KERAS_DIVIDES and getattr(layer, "activity_regularizer", None) is self:
+            loss *= tf.cast(tf.shape(x)[0], loss.dtype)
+        return loss + tf.cast(self._other(x), loss.dtype)
+
+    def _other(self, x: Any) -> tf.Tensor:
+        if self.other_activity_regularizer is None:
+            return tf.zeros(())
+        return self.other_activity_regularizer(x)
+
+    def compute_output_shape(self, input_shape: Any) -> tuple[int, ...]:
+        """A scalar."""
+        return ()
+
+    def get_config(self) -> dict[str, Any]:
+        """Plain values, with the present value of alpha."""
+        return {
+            "lbe_alpha": float(keras.ops.convert_to_numpy(self.lbe_alpha)),
+            "lbe_alpha_min": self.lbe_alpha_min,
+            "lbe_beta": self.lbe_beta,
+            "other_activity_regularizer": keras.regularizers.serialize(
+                self.other_activity_regularizer
+            ),
+            "ddof": self.ddof,
+            "scale": self.scale,
+            "offset": self.offset,
+            "native": self.native,
+            "name": self.name,
+            "trainable": self.trainable,
+        }
+
+
+def _check_finite(name: str, value: float, at_least: float = -math.inf) -> None:
+    if not (math.isfinite(value) and value >= at_least):
+        bound = "" if at_least == -math.inf else f" and >= {at_least:g}"
+        raise ValueError(f"{name} must be finite{bound}. Received: {name}={value!r}")
+
+
+def _current_graph() -> tf.Graph | None:
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def _calling_layer() -> keras.layers.Layer | None:
+    """The layer whose output is being regularized: Keras has its name scope open."""
+    scopes = global_state.get_global_attribute("name_scope_stack")
+    return scopes[-1].caller if scopes else None
+
+
+def _name(layer: keras.layers.Layer | None) -> str:
+    return "outside of any layer" if layer is None else f"'{layer.path or layer.name}'"
+
+
+def in_layer_call() -> bool:
+    """Whether this runs inside the call of a Keras layer or model."""
+    return global_state.get_global_attribute("current_call_ctx") is not None
+
+
+def _training() -> bool:
+    context = global_state.get_global_attribute("current_call_ctx")
+    return bool(getattr(context, "training", None))
+
+
+def _save_activity_regularizers() -> None:
+    """Makes Keras save the weights of activity regularizers.
+
+    Its savers (`.keras`, `.weights.h5`) skip every attribute that a bare Layer has,
+    and so lose alpha silently. Only regularizers with weights are concerned.
+    """
+    get_attr_skipset = saving_lib.get_attr_skipset
+
+    @functools.wraps(get_attr_skipset)
+    def without_activity_regularizer(obj_type: str) -> set[str]:
+        return get_attr_skipset(obj_type) - {"activity_regularizer"}
+
+    saving_lib.get_attr_skipset = without_activity_regularizer
+
+
+_save_activity_regularizers()

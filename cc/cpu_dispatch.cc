@@ -19,6 +19,9 @@ namespace {
 constexpr int64_t kSerialBytes = 256 << 10;
 // Parts a thread, so that a thread that is late does not hold up the others.
 constexpr int64_t kPartsPerThread = 4;
+// Pieces smaller than these are not worth a part of their own.
+constexpr int64_t kMinPartRows = 512;
+constexpr int64_t kMinTile = 256;
 // A gradient larger than this would push everything else out of the caches.
 constexpr int64_t kStreamBytes = 16 << 20;
 
@@ -70,22 +73,25 @@ class FloatingPointMode {
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Runs the items, one after the other where all of them read or write few
+// bytes.
 template <typename Body>
-void Run(const Parallel& parallel, int64_t items, const Body& body) {
+void Run(const Parallel& parallel, int64_t items, int64_t bytes,
+         const Body& body) {
   const auto run = [](void* argument, int64_t item) {
     FloatingPointMode mode;
     (*static_cast<const Body*>(argument))(item);
   };
   void* argument = const_cast<Body*>(&body);
-  if (items == 1 || parallel.threads == 1) {
+  if (items == 1 || parallel.threads == 1 || bytes < kSerialBytes) {
     for (int64_t item = 0; item < items; ++item) run(argument, item);
   } else {
     parallel.run(parallel.pool, items, run, argument);
   }
 }
 
-// How the forward pass is cut: tiles of columns, and where these are too few
-// for the threads, parts of rows that are whole nodes of the tree.
+// How the forward pass is cut: into parts of rows that are whole nodes of the
+// tree, and tiles of columns.
 struct ForwardCut {
   int64_t tile_columns;
   int64_t tiles;
@@ -95,19 +101,21 @@ struct ForwardCut {
 
 ForwardCut CutForward(const CpuLoops& loops, int64_t rows, int64_t units,
                       int threads) {
-  const int64_t bytes = rows * units * loops.element_bytes;
-  const bool serial = threads == 1 || bytes < kSerialBytes;
+  const bool serial = rows * units * loops.element_bytes < kSerialBytes;
   const int64_t wanted = serial ? 1 : threads * kPartsPerThread;
-  // At least 256 columns a tile: shorter pieces of rows are read slowly.
-  int64_t tile = std::clamp(CeilDiv(units, wanted), 4 * kGroup, kTile);
-  tile = CeilDiv(tile, kGroup) * kGroup;
-  const int64_t tiles = CeilDiv(units, tile);
-  // Parts of at least 64 leaves, and as many as the threads need.
-  int64_t leaves = CeilDiv(rows, kLeafRows);
-  int64_t part = 1;
-  while (part < leaves) part *= 2;
-  while (part > 64 && tiles * CeilDiv(leaves, part) < wanted) part /= 2;
-  return {tile, tiles, part * kLeafRows, CeilDiv(leaves, part)};
+  // Long pieces of rows are read fastest: cut the rows first, then the columns.
+  int64_t tile = std::min(kTile, CeilDiv(units, kGroup) * kGroup);
+  int64_t part = kPartRows;
+  while (part > kMinPartRows &&
+         CeilDiv(units, tile) * CeilDiv(rows, part) < wanted) {
+    part /= 2;
+  }
+  const int64_t parts = CeilDiv(rows, part);
+  if (CeilDiv(units, tile) * parts < wanted) {
+    tile = std::max(CeilDiv(CeilDiv(units * parts, wanted), kGroup) * kGroup,
+                    std::min(tile, kMinTile));
+  }
+  return {tile, CeilDiv(units, tile), part, parts};
 }
 
 // Merges the moments of parts [first, first + parts) into those of the first.
@@ -157,8 +165,9 @@ void BatchEntropyForwardCpu(const Parallel& parallel, DType dtype,
   const auto columns_of = [&](int64_t tile) {
     return std::min(cut.tile_columns, units - tile * cut.tile_columns);
   };
+  const int64_t bytes = rows * units * loops.element_bytes;
   if (cut.parts == 1) {
-    Run(parallel, cut.tiles, [&](int64_t tile) {
+    Run(parallel, cut.tiles, bytes, [&](int64_t tile) {
       const int64_t column = tile * cut.tile_columns;
       const int64_t columns = columns_of(tile);
       loops.moments(x, units, 0, rows, column, columns, at(mean, column),
@@ -171,7 +180,7 @@ void BatchEntropyForwardCpu(const Parallel& parallel, DType dtype,
     char* part_mean = static_cast<char*>(workspace) +
                       CeilDiv(groups * sizeof(double), 64) * 64;
     char* part_m2 = part_mean + cut.parts * pitch;
-    Run(parallel, cut.tiles * cut.parts, [&](int64_t item) {
+    Run(parallel, cut.tiles * cut.parts, bytes, [&](int64_t item) {
       const int64_t part = item / cut.tiles;
       const int64_t column = item % cut.tiles * cut.tile_columns;
       const int64_t row = part * cut.part_rows;
@@ -180,7 +189,7 @@ void BatchEntropyForwardCpu(const Parallel& parallel, DType dtype,
                     at(part_mean + part * pitch, column),
                     at(part_m2 + part * pitch, column));
     });
-    Run(parallel, cut.tiles, [&](int64_t tile) {
+    Run(parallel, cut.tiles, 2 * cut.parts * pitch, [&](int64_t tile) {
       const int64_t column = tile * cut.tile_columns;
       const int64_t columns = columns_of(tile);
       char* tile_mean = at(part_mean, column);
@@ -215,18 +224,17 @@ void BatchEntropyGradCpu(const Parallel& parallel, DType dtype, const void* x,
   const int64_t bytes = rows * pitch;
   const bool stream = dx != x && bytes > kStreamBytes && pitch % 64 == 0 &&
                       reinterpret_cast<uintptr_t>(dx) % 64 == 0;
-  const bool serial = parallel.threads == 1 || bytes < kSerialBytes;
-  const int64_t tiles = CeilDiv(units, kTile);
+  const int64_t tiles = CeilDiv(units, kGradientTile);
   // The slopes are made anew for each item, at the price of a few rows.
-  const int64_t wanted = serial ? 1 : parallel.threads * kPartsPerThread;
+  const int64_t wanted = parallel.threads * kPartsPerThread;
   const int64_t item_rows =
       std::min(rows, std::max<int64_t>(32, CeilDiv(rows * tiles, wanted)));
   const int64_t row_items = CeilDiv(rows, item_rows);
-  Run(parallel, row_items * tiles, [&](int64_t item) {
+  Run(parallel, row_items * tiles, bytes, [&](int64_t item) {
     const int64_t row = item / tiles * item_rows;
-    const int64_t column = item % tiles * kTile;
+    const int64_t column = item % tiles * kGradientTile;
     loops.gradient(operands, row, std::min(item_rows, rows - row), column,
-                   std::min(kTile, units - column), stream);
+                   std::min(kGradientTile, units - column), stream);
   });
 }
 

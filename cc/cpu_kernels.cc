@@ -175,9 +175,15 @@ struct Loops {
   using Scalar = typename Convert<Element>::Scalar;
   using Line = typename Convert<Element>::Line;
   static constexpr int64_t kLanes = kLineBytes / sizeof(Scalar);
-  // Leaves whose moments stay in registers until they are one node of the tree.
-  static constexpr int kChunkLeaves = 4;
-  static constexpr int64_t kChunkRows = kChunkLeaves * kLeafRows;
+  // Two leaves stay in registers until they are one node of the tree. More
+  // would read more rows at a time than a cache set holds where rows are 4 KB
+  // apart.
+  static constexpr int kChunkRows = 2 * kLeafRows;
+  static constexpr int kLevels = 10;
+  static_assert(kChunkRows << (kLevels - 1) == kPartRows, "levels of the tree");
+  // How far ahead of the loads rows are fetched: the processor's own prefetcher
+  // loses its 16 streams at every page.
+  static constexpr int64_t kAhead = 1024 / sizeof(Element);
 
   // `columns` < kLanes elements; the other lanes are 0.
   static Line LoadPart(const Element* x, int64_t columns) {
@@ -190,102 +196,6 @@ struct Loops {
     Element padded[kLanes];
     Convert<Element>::Store(line, padded);
     __builtin_memcpy(x, padded, columns * sizeof(Element));
-  }
-
-  // Moments of leaf rows [0, rows) of one line of columns.
-  template <typename Load>
-  LBE_MATH Moments<Line> Leaf(const Load& load, const Element* x,
-                              int64_t stride, int rows) {
-    Line lines[kLeafRows];
-    for (int r = 0; r < kLeafRows; ++r) {
-      lines[r] = r < rows ? load(x + r * stride) : Line{};
-    }
-    return LeafMoments<Scalar>(lines, rows);
-  }
-
-  // Moments of one line of columns over at most kChunkRows rows.
-  template <typename Load>
-  LBE_MATH Moments<Line> ChunkLine(const Load& load, const Element* x,
-                                   int64_t stride, int rows) {
-    if (rows == kChunkRows) {
-      constexpr int kHalf = 2 * kLeafRows;
-      const auto one = WeightsOf<Scalar>(kLeafRows, kLeafRows);
-      const auto two = WeightsOf<Scalar>(kHalf, kHalf);
-      const auto left =
-          Merge(Leaf(load, x, stride, kLeafRows),
-                Leaf(load, x + kLeafRows * stride, stride, kLeafRows), one);
-      x += kHalf * stride;
-      const auto right =
-          Merge(Leaf(load, x, stride, kLeafRows),
-                Leaf(load, x + kLeafRows * stride, stride, kLeafRows), one);
-      return Merge(left, right, two);
-    }
-    return Subtree(load, x, stride, rows);
-  }
-
-  template <typename Load>
-  static Moments<Line> Subtree(const Load& load, const Element* x,
-                               int64_t stride, int rows) {
-    if (rows <= kLeafRows) return Leaf(load, x, stride, rows);
-    const int64_t leaves = (rows + kLeafRows - 1) / kLeafRows;
-    const int left = static_cast<int>(LeftLeaves(leaves) * kLeafRows);
-    return Merge(Subtree(load, x, stride, left),
-                 Subtree(load, x + left * stride, stride, rows - left),
-                 WeightsOf<Scalar>(left, rows - left));
-  }
-
-  static void Chunk(const Element* x, int64_t stride, int rows, int64_t columns,
-                    Line* mean, Line* m2) {
-    const auto load = [](const Element* p) __attribute__((always_inline)) {
-      return Convert<Element>::Load(p);
-    };
-    int64_t line = 0;
-    for (; (line + 1) * kLanes <= columns; ++line) {
-      const auto moments = ChunkLine(load, x + line * kLanes, stride, rows);
-      mean[line] = moments.mean;
-      m2[line] = moments.m2;
-    }
-    const int64_t rest = columns - line * kLanes;
-    if (rest > 0) {
-      const auto load_part = [rest](const Element* p) {
-        return LoadPart(p, rest);
-      };
-      const auto moments = Subtree(load_part, x + line * kLanes, stride, rows);
-      mean[line] = moments.mean;
-      m2[line] = moments.m2;
-    }
-  }
-
-  // The tree over the rows; `mean` and `m2` have room for kTile columns.
-  static void Tree(const Element* x, int64_t stride, int64_t rows,
-                   int64_t columns, Line* mean, Line* m2) {
-    if (rows <= kChunkRows) {
-      Chunk(x, stride, static_cast<int>(rows), columns, mean, m2);
-      return;
-    }
-    const int64_t left =
-        LeftLeaves((rows + kLeafRows - 1) / kLeafRows) * kLeafRows;
-    Tree(x, stride, left, columns, mean, m2);
-    alignas(kLineBytes) Line right_mean[kTile / kLanes];
-    alignas(kLineBytes) Line right_m2[kTile / kLanes];
-    Tree(x + left * stride, stride, rows - left, columns, right_mean, right_m2);
-    const auto weights = WeightsOf<Scalar>(left, rows - left);
-    for (int64_t line = 0; line * kLanes < columns; ++line) {
-      const auto merged = Merge(Moments<Line>{mean[line], m2[line]},
-                                {right_mean[line], right_m2[line]}, weights);
-      mean[line] = merged.mean;
-      m2[line] = merged.m2;
-    }
-  }
-
-  static void MomentsOf(const void* x, int64_t units, int64_t row, int64_t rows,
-                        int64_t column, int64_t columns, void* mean, void* m2) {
-    alignas(kLineBytes) Line tile_mean[kTile / kLanes];
-    alignas(kLineBytes) Line tile_m2[kTile / kLanes];
-    Tree(static_cast<const Element*>(x) + row * units + column, units, rows,
-         columns, tile_mean, tile_m2);
-    __builtin_memcpy(mean, tile_mean, columns * sizeof(Scalar));
-    __builtin_memcpy(m2, tile_m2, columns * sizeof(Scalar));
   }
 
   // Reads and writes lines of a result, of which the last may be short.
@@ -301,6 +211,98 @@ struct Loops {
     Scalar* p = static_cast<Scalar*>(to) + column;
     if (column + kLanes <= columns) return StoreLine(line, p);
     __builtin_memcpy(p, &line, (columns - column) * sizeof(Scalar));
+  }
+
+  // Moments of leaf rows [0, rows) of one line of columns.
+  template <typename Load>
+  LBE_MATH Moments<Line> Leaf(const Load& load, const Element* x,
+                              int64_t stride, int rows) {
+    Line lines[kLeafRows];
+    for (int r = 0; r < kLeafRows; ++r) {
+      lines[r] = r < rows ? load(x + r * stride) : Line{};
+    }
+    return LeafMoments<Scalar>(lines, rows);
+  }
+
+  // Moments of one line of columns over `rows` <= kChunkRows rows.
+  template <typename Load>
+  LBE_MATH Moments<Line> ChunkLine(const Load& load, const Element* x,
+                                   int64_t stride, int rows) {
+    if (rows <= kLeafRows) return Leaf(load, x, stride, rows);
+    return Merge(Leaf(load, x, stride, kLeafRows),
+                 Leaf(load, x + kLeafRows * stride, stride, rows - kLeafRows),
+                 WeightsOf<Scalar>(kLeafRows, rows - kLeafRows));
+  }
+
+  // The tree, leaf by leaf, as a binary counter: level l of `stack` holds the
+  // node over the latest 2^l full chunks, where bit l of the count of chunks is
+  // set. A chunk merges with the nodes that it completes while it is in
+  // registers, and the last one with all that are left.
+  static void MomentsOf(const void* from, int64_t units, int64_t row,
+                        int64_t rows, int64_t column, int64_t columns,
+                        void* mean, void* m2) {
+    struct Node {
+      Line mean[kTile / kLanes];
+      Line m2[kTile / kLanes];
+    };
+    alignas(kLineBytes) Node stack[kLevels];
+    const Element* x = static_cast<const Element*>(from) + row * units + column;
+    for (int64_t chunk = 0; chunk * kChunkRows < rows;
+         ++chunk, x += kChunkRows * units) {
+      const int64_t rest = rows - chunk * kChunkRows;
+      const bool last = rest <= kChunkRows;
+      const int chunk_rows = last ? static_cast<int>(rest) : kChunkRows;
+      int level = 0;
+      int merges = 0;
+      const Node* left[kLevels];
+      MergeWeights<Scalar> weights[kLevels];
+      for (int64_t merged = chunk_rows; chunk >> level != 0; ++level) {
+        if ((chunk >> level & 1) == 0) {
+          if (last) continue;
+          break;
+        }
+        const int64_t left_rows = int64_t{kChunkRows} << level;
+        left[merges] = &stack[level];
+        weights[merges++] = WeightsOf<Scalar>(left_rows, merged);
+        merged += left_rows;
+      }
+      const auto merge_up = [&](Moments<Line> node,
+                                int64_t line) __attribute__((always_inline)) {
+        for (int m = 0; m < merges; ++m) {
+          node = Merge(Moments<Line>{left[m]->mean[line], left[m]->m2[line]},
+                       node, weights[m]);
+        }
+        if (last) {
+          StoreResult(node.mean, line * kLanes, columns, mean);
+          StoreResult(node.m2, line * kLanes, columns, m2);
+        } else {
+          stack[level].mean[line] = node.mean;
+          stack[level].m2[line] = node.m2;
+        }
+      };
+      const auto load = [](const Element* p) __attribute__((always_inline)) {
+        return Convert<Element>::Load(p);
+      };
+      int64_t c = 0;
+      if (chunk_rows == kChunkRows) {
+        for (; c + kLanes <= columns; c += kLanes) {
+          const int64_t ahead = c + kAhead;
+          const Element* next = ahead < columns
+                                    ? x + ahead
+                                    : x + kChunkRows * units + ahead - columns;
+          for (int r = 0; r < kChunkRows; ++r)
+            _mm_prefetch(next + r * units, _MM_HINT_T0);
+          merge_up(ChunkLine(load, x + c, units, kChunkRows), c / kLanes);
+        }
+      }
+      for (; c < columns; c += kLanes) {
+        const int64_t width = columns - c < kLanes ? columns - c : kLanes;
+        const auto load_part = [width](const Element* p) {
+          return LoadPart(p, width);
+        };
+        merge_up(ChunkLine(load_part, x + c, units, chunk_rows), c / kLanes);
+      }
+    }
   }
 
   static void MergeInto(int64_t a_rows, int64_t b_rows, int64_t columns,
@@ -379,9 +381,9 @@ struct Loops {
         GradientFactorsOf(*static_cast<const Scalar*>(operands.entropy_grad),
                           operands.rows, operands.units, *operands.formula);
     const bool has_offset = operands.mean_grad != nullptr;
-    alignas(kLineBytes) Line mean[kTile / kLanes];
-    alignas(kLineBytes) Line slope[kTile / kLanes];
-    alignas(kLineBytes) Line offset[kTile / kLanes];
+    alignas(kLineBytes) Line mean[kGradientTile / kLanes];
+    alignas(kLineBytes) Line slope[kGradientTile / kLanes];
+    alignas(kLineBytes) Line offset[kGradientTile / kLanes];
     const int64_t end = column + columns;
     for (int64_t line = 0; line * kLanes < columns; ++line) {
       const int64_t c = column + line * kLanes;

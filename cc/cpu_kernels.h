@@ -13,10 +13,13 @@
 
 namespace lbe {
 
-// Columns are worked on in tiles of at most this many, in groups of kGroup
-// columns: a group's entropies are summed first, then the groups, whatever the
-// tiling.
-constexpr int64_t kTile = 1024;
+// `moments` works on at most kTile columns and kPartRows rows, a whole node of
+// the tree, `gradient` on at most kGradientTile columns. The entropies of a
+// group of columns are summed first, then the groups, however the columns are
+// tiled.
+constexpr int64_t kTile = 2048;
+constexpr int64_t kPartRows = 8192;
+constexpr int64_t kGradientTile = 4096;
 constexpr int64_t kGroup = 64;
 
 // The operands of one gradient; see BatchEntropyGradCpu.
@@ -39,8 +42,8 @@ struct CpuLoops {
   int64_t element_bytes;
   int64_t result_bytes;
 
-  // Moments of columns [column, column + columns), columns <= kTile, over rows
-  // [row, row + rows) of x [.., units], to mean and m2 [columns].
+  // Moments of columns [column, column + columns) over rows [row, row + rows)
+  // of x [.., units], to mean and m2 [columns].
   void (*moments)(const void* x, int64_t units, int64_t row, int64_t rows,
                   int64_t column, int64_t columns, void* mean, void* m2);
   // Merges the moments of b_rows rows into those of a_rows rows, all [columns].
@@ -50,9 +53,9 @@ struct CpuLoops {
   // kGroup columns to one sum.
   void (*finish)(int64_t rows, int64_t columns, const Formula& formula,
                  void* m2, double* group_sums);
-  // That part of dx, columns <= kTile; with `stream`, written around the
-  // caches, for which every row of dx and `column` must start at a multiple of
-  // 64 bytes.
+  // Rows [row, row + rows) and columns [column, column + columns) of dx; with
+  // `stream`, written around the caches, for which every row of dx and `column`
+  // must start at a multiple of 64 bytes.
   void (*gradient)(const GradientOperands& operands, int64_t row, int64_t rows,
                    int64_t column, int64_t columns, bool stream);
 };

@@ -49,8 +49,8 @@ def collect() -> dict[str, str | dict[str, str]]:
         "native_mode": mode,
         "numpy": numpy,
         "simd": simd,
-        "cuda": build.get("cuda", "no"),
-        "xla": build.get("xla", "no"),
+        "cuda": build.pop("cuda", "no"),
+        "xla": build.pop("xla", "no"),
         "build": build,
     }
 

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark leaves behind: results.json, table.md and plot.png."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from rich.console import Console
+from rich.table import Table
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+Results = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+
+def fraction(row: Row, bandwidth: Mapping[str, float]) -> float:
+    """How close the fused op comes to reading and copying at `bandwidth` (GB/s).
+
+    Forward reads x; the gradient reads x and writes dx, as a copy does.
+    """
+    copied = row["bytes_to_move"] - row["bytes"]
+    ideal = (row["bytes"] / bandwidth["read"] + copied / bandwidth["copy"]) / 1e9
+    return ideal / row["seconds"]["fused"]["median"]
+
+
+def gigabytes_per_second(row: Row) -> float:
+    """Bytes that must move / time of the fused op."""
+    return row["bytes_to_move"] / row["seconds"]["fused"]["median"] / 1e9
+
+
+def targets(results: Results) -> list[tuple[str, str, bool]]:
+    """What the op is to reach, what it did, and whether that is enough.
+
+    Only those that the shapes, the dtype and the variants of a run allow to judge.
+    """
+    judged = []
+    rows = results["rows"]
+    for name, least in (("pure graph", 8), ("pure XLA", 3)):
+        for row in rows:
+            large = row["shape"] == [4096, 4096] and row["dtype"] == "float32"
+            ratio = row["times_fused"].get(name)
+            if large and row["pass"] == "forward+gradient" and ratio:
+                judged.append(
+                    (
+                        f"4096 x 4096 forward+gradient: at least {least}x {name}",
+                        f"{ratio['median']:.1f}x",
+                        ratio["median"] >= least,
+                    )
+                )
+    large = [
+        row for row in rows if row["pass"] == "forward" and row["bytes"] >= 16 * 2**20
+    ]
+    if large:
+        least = min(fraction(row, results["memory_GB_per_s"]) for row in large)
+        judged.append(
+            (
+                "forward from 16 MB: at least 80 % of the memory's read bandwidth",
+                f"{least:.0%}",
+                least >= 0.8,
+            )
+        )
+    ratios = [
+        (ratio["median"], name, row)
+        for row in rows
+        for name, ratio in row["times_fused"].items()
+        if name.startswith("pure")
+    ]
+    if ratios:
+        least, name, row = min(ratios, key=lambda ratio: ratio[0])
+        judged.append(
+            (
+                "never slower than plain TensorFlow, graph or XLA",
+                f"at worst {least:.2f}x {name} ({label(row)}, {row['pass']})",
+                least >= 1,
+            )
+        )
+    return judged
+
+
+def label(row: Row) -> str:
+    """The shape as text."""
+    return " x ".join(map(str, row["shape"]))
+
+
+def _cells(results: Results) -> tuple[list[str], list[list[str]]]:
+    """The table's header and rows: microseconds, and how often slower than fused."""
+    names = dict.fromkeys(name for row in results["rows"] for name in row["seconds"])
+    others = [name for name in names if name != "fused"]
+    header = ["shape", "pass", "fused", *others, "GB/s", "of memory", "of same size"]
+    body = []
+    for row in results["rows"]:
+        cells = [label(row), row["pass"], _microseconds(row["seconds"]["fused"])]
+        for name in others:
+            if name in row["seconds"]:
+                ratio = row["times_fused"][name]["median"]
+                time = _microseconds(row["seconds"][name])
+                cells.append(f"{time} ({ratio:.1f}x)")
+            else:
+                cells.append("-")
+        cells.append(f"{gigabytes_per_second(row):.1f}")
+        cells.append(f"{fraction(row, results['memory_GB_per_s']):.0%}")
+        cells.append(f"{fraction(row, row['same_size_GB_per_s']):.0%}")
+        body.append(cells)
+    return header, body
+
+
+def _microseconds(seconds: Mapping[str, float]) -> str:
+    return f"{1e6 * seconds['median']:.0f}"
+
+
+def _notes(results: Results) -> list[str]:
+    machine, memory = results["machine"], results["memory_GB_per_s"]
+    versions = results["versions"]
+    notes = [
+        f"{machine['cpu']}, {results['threads']} threads, TensorFlow "
+        f"{versions['tensorflow']}, SIMD {versions['simd']}; medians of "
+        f"{results['rounds']} rounds.",
+        "Microseconds a call, and how often as long as fused. Included: the call "
+        f"(an empty one takes {1e6 * results['empty_call_seconds']:.0f}) and the "
+        "allocation of the results.",
+        f"Memory: read {memory['read']:.1f} GB/s, copy {memory['copy']:.1f}, triad "
+        f"{memory['triad']:.1f}. GB/s of fused: x read once for forward; x read twice "
+        "and dx written for forward+gradient. Beside it, the share of what plain reads "
+        "and copies reach in memory, and on arrays of the same size (which may fit a "
+        "cache).",
+    ]
+    reasons = {
+        f"{name}: {reason}"
+        for row in results["rows"]
+        for name, reason in row["skipped"].items()
+    }
+    return [*notes, *(f"Not timed, {reason}." for reason in sorted(reasons))]
+
+
+def print_progress(row: Row) -> None:
+    """One line, as soon as a row is measured."""
+    times = ", ".join(
+        f"{name} {_microseconds(seconds)}" for name, seconds in row["seconds"].items()
+    )
+    print(f"{label(row)} {row['pass']}, microseconds: {times}", flush=True)
+
+
+def write(results: Results, folder: pathlib.Path) -> None:
+    """results.json alone; a run that is interrupted leaves what it has."""
+    text = json.dumps(results, indent=1) + "\n"
+    _replace(folder / "results.json", lambda path: path.write_text(text))
+
+
+def finish(results: Results, folder: pathlib.Path) -> None:
+    """Prints the table and the targets; writes table.md and plot.png."""
+    header, body = _cells(results)
+    title = f"Batch entropy, {results['rows'][0]['dtype']}"
+    table = Table(title=title)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index < 2 else "right")
+    for cells in body:
+        table.add_row(*cells)
+    Console(width=max(120, 22 * len(header))).print(table)
+    judged = [
+        f"{'met   ' if enough else 'missed'}  {target}: {found}"
+        for target, found, enough in targets(results)
+    ]
+    print("\n".join([*_notes(results), *judged]))
+    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *body]
+    markdown = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    text = "\n\n".join([markdown, *_notes(results), *judged]) + "\n"
+    _replace(folder / "table.md", lambda path: path.write_text(text))
+    _replace(folder / "plot.png", lambda path: _plot(results["rows"], path))
+    print(f"Results, table and plot: {folder}")
+
+
+def _plot(rows: Sequence[Row], path: pathlib.Path) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row["seconds"]))
+    passes = list(dict.fromkeys(row["pass"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(passes), figsize=(6 * len(passes), 4), sharey=True, squeeze=False
+    )
+    for axis, kind in zip(axes[0], passes, strict=True):
+        shown = [row for row in rows if row["pass"] == kind]
+        for name in names:
+            points = [
+                (index, 1e6 * row["seconds"][name]["median"])
+                for index, row in enumerate(shown)
+                if name in row["seconds"]
+            ]
+            width = 2.5 if name == "fused" else 1.2
+            axis.plot(*zip(*points, strict=True), "o-", label=name, linewidth=width)
+        axis.set_xticks(range(len(shown)), map(label, shown), rotation=30, ha="right")
+        axis.set_yscale("log")
+        axis.set_title(f"{kind}, {shown[0]['dtype']}")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("microseconds a call")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)
+
+
+def _replace(path: pathlib.Path, write_to: Callable[[pathlib.Path], object]) -> None:
+    """Writes a file beside `path`, then puts it there in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    write_to(draft)
+    draft.replace(path)

@@ -186,6 +186,8 @@ class LBEModel(keras.Model):
                 )
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         ce = self._compile_loss(y, y_pred, sample_weight)
+        if ce.dtype != tf.float64:
+            ce = tf.cast(ce, tf.float32)
         mean, maximum = _mean_and_max(entries, ce.dtype)
         samples = tf.shape(tf.nest.flatten((x, y_pred))[0])[0]
         # Keras has divided the loss by the number of replicas, which then add up.
@@ -194,7 +196,10 @@ class LBEModel(keras.Model):
             self._lbe_metrics, (full, mean * full, maximum * full), strict=True
         ):
             metric.update_state(value, sample_weight=samples)
-        others = [self._aggregate_additional_loss(loss) for loss in self.losses]
+        others = [
+            tf.cast(self._aggregate_additional_loss(loss), ce.dtype)
+            for loss in self.losses
+        ]
         return tf.add_n([ce, self.LBE_strength * mean * ce, *others])
 
 

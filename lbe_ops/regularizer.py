@@ -187,7 +187,7 @@ class LBERegularizer(keras.layers.Layer):
 
     @property
     def alpha(self) -> tf.Tensor:
-        """The entropy that the layer is pulled to: `max(lbe_alpha_min, |lbe_alpha|)`."""
+        """The entropy to reach at present: `max(lbe_alpha_min, |lbe_alpha|)`."""
         return tf.maximum(tf.abs(self.lbe_alpha.value), self.lbe_alpha_min)
 
     def __call__(self, x: Any) -> Any:
@@ -247,7 +247,7 @@ class LBERegularizer(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """Plain values, with the present value of alpha."""
         return {
-            "lbe_alpha": float(keras.ops.convert_to_numpy(self.lbe_alpha)),
+            "lbe_alpha": float(self.lbe_alpha.numpy()),
             "lbe_alpha_min": self.lbe_alpha_min,
             "lbe_beta": self.lbe_beta,
             "other_activity_regularizer": keras.regularizers.serialize(

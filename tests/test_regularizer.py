@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`LBERegularizer` in plain Keras models: value, gradient, dtypes, saving.
+
+Values are compared with float64 NumPy, gradients with finite differences of it.
+"""
+
+import json
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import lbe_ops
+from lbe_ops import LBERegularizer
+
+# Keras reads a variable into NumPy 2 in a way that NumPy deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning")
+
+SETTING = {"lbe_alpha": 0.75, "lbe_alpha_min": 0.25, "lbe_beta": 0.5}
+
+
+def numpy_lbe(x, alpha=0.75, alpha_min=0.25, beta=0.5):
+    x = np.asarray(x, np.float64).reshape(len(x), -1)
+    entropy = 0.5 * np.log(np.pi * np.e * x.var(axis=0) + 1).mean()
+    return beta * (entropy - max(alpha_min, abs(alpha))) ** 2
+
+
+def samples(*shape, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def functional(layer, features=5):
+    inputs = keras.Input((features,))
+    return keras.Model(inputs, layer(inputs))
+
+
+def sequential(layer, features=5):
+    return keras.Sequential([keras.Input((features,)), layer])
+
+
+class Subclassed(keras.Model):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def call(self, x):
+        return self.layer(x)
+
+
+def subclassed(layer, features=5):
+    model = Subclassed(layer)
+    model(np.zeros((2, features), np.float32))
+    return model
+
+
+KINDS = [functional, sequential, subclassed]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch", [2, 7, 32])
+def test_loss_of_a_plain_model_is_lbe_whatever_the_batch_size(kind, batch):
+    layer = keras.layers.Dense(4, activity_regularizer=LBERegularizer(**SETTING))
+    model = kind(layer)
+    x = samples(batch, 5)
+    y = model(x, training=True)
+    assert float(tf.add_n(model.losses)) == pytest.approx(numpy_lbe(y), rel=1e-5)
+
+
+@pytest.mark.parametrize("how", ["eager", "graph", "jit"])
+def test_fit_and_evaluate_add_lbe_to_the_compiled_loss(how):
+    layer = keras.layers.Conv2D(3, 2, activity_regularizer=LBERegularizer(**SETTING))
+    inputs = keras.Input((6, 6, 2))
+    model = keras.Model(inputs, layer(inputs))
+    model.compile(
+        keras.optimizers.SGD(0.0),
+        "mse",
+        run_eagerly=how == "eager",
+        jit_compile=how == "jit",
+    )
+    x = samples(8, 6, 6, 2)
+    y = model.predict(x, verbose=0)
+    target = samples(*y.shape, seed=1)
+    expected = np.mean((y.astype(np.float64) - target) ** 2) + numpy_lbe(y)
+    trained = model.train_on_batch(x, target, return_dict=True)
+    evaluated = model.test_on_batch(x, target, return_dict=True)
+    assert trained["loss"] == pytest.approx(expected, rel=1e-5)
+    assert evaluated["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_gradients_of_weights_and_alpha(function):
+    regularizer = LBERegularizer(**SETTING)
+    layer = keras.layers.Dense(3, activity_regularizer=regularizer, dtype="float64")
+    x = samples(6, 4, dtype=np.float64)
+    layer.build(x.shape)
+    kernel, alpha = layer.kernel.numpy(), 0.75
+
+    def gradients():
+        with tf.GradientTape() as tape:
+            layer(x, training=True)
+            loss = tf.add_n(layer.losses)
+        return tape.gradient(loss, [layer.kernel.value, regularizer.lbe_alpha.value])
+
+    by_kernel, by_alpha = (tf.function(gradients) if function else gradients)()
+    expected = np.zeros_like(kernel)
+    for index in np.ndindex(*kernel.shape):
+        step = np.zeros_like(kernel)
+        step[index] = 1e-6
+        expected[index] = (
+            numpy_lbe(x @ (kernel + step), alpha)
+            - numpy_lbe(x @ (kernel - step), alpha)
+        ) / 2e-6
+    np.testing.assert_allclose(by_kernel, expected, rtol=1e-6, atol=1e-9)
+    y = x @ kernel
+    slope = (numpy_lbe(y, alpha + 1e-6) - numpy_lbe(y, alpha - 1e-6)) / 2e-6
+    assert float(by_alpha) == pytest.approx(slope, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "moves"), [(0.5, True), (0.25, True), (0.2, False), (-0.5, True)]
+)
+def test_alpha_gets_the_gradient_from_alpha_min_on(alpha, moves):
+    regularizer = LBERegularizer(alpha, 0.25, 1.0)
+    with tf.GradientTape() as tape:
+        loss = regularizer(samples(8, 4))
+    gradient = float(tape.gradient(loss, regularizer.lbe_alpha.value))
+    assert (gradient != 0) == moves
+    assert float(regularizer.alpha) == max(0.25, abs(alpha))
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+@pytest.mark.parametrize("function", [False, True])
+def test_a_batch_too_small_adds_nothing(batch, function):
+    layer = keras.layers.Dense(4, activity_regularizer=LBERegularizer())
+    layer.build((None, 5))
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            layer(x, training=True)
+            loss = tf.add_n(layer.losses)
+        variables = [variable.value for variable in layer.trainable_variables]
+        return loss, tape.gradient(loss, variables)
+
+    spec = tf.TensorSpec((None, 5))
+    step = tf.function(step, input_signature=[spec]) if function else step
+    loss, gradients = step(tf.ones((batch, 5)))
+    assert float(loss) == 0
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient, np.zeros(gradient.shape))
+
+
+def test_dead_units_have_finite_gradients():
+    layer = keras.layers.Dense(
+        4,
+        activation="relu",
+        bias_initializer=keras.initializers.Constant(-100.0),
+        activity_regularizer=LBERegularizer(**SETTING),
+    )
+    x = samples(8, 5)
+    with tf.GradientTape() as tape:
+        y = layer(x, training=True)
+        loss = tf.add_n(layer.losses)
+    assert not np.any(y)
+    assert float(loss) == pytest.approx(0.5 * 0.75**2)
+    kernel, bias, alpha = tape.gradient(
+        loss, [variable.value for variable in layer.trainable_variables]
+    )
+    assert not np.any(kernel) and not np.any(bias)
+    assert float(alpha) == pytest.approx(2 * 0.5 * 0.75)
+
+
+@pytest.mark.parametrize("other", ["l2", keras.regularizers.L1(0.1)])
+def test_other_regularizer_counts_as_if_it_stood_alone(other):
+    x = samples(6, 5)
+    alone = keras.layers.Dense(4, activity_regularizer=other)
+    both = keras.layers.Dense(
+        4,
+        activity_regularizer=LBERegularizer(
+            **SETTING, other_activity_regularizer=other
+        ),
+    )
+    alone.build(x.shape)
+    both.build(x.shape)
+    both.kernel.assign(alone.kernel)
+    y = alone(x)
+    both(x)
+    expected = float(alone.losses[0]) + numpy_lbe(y)
+    assert float(both.losses[0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_call_from_a_custom_layer_is_not_scaled():
+    regularizer = LBERegularizer(**SETTING)
+
+    class Custom(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.regularizer = regularizer
+
+        def call(self, x):
+            self.add_loss(self.regularizer(x))
+            return x
+
+    layer = Custom()
+    x = samples(6, 5)
+    layer(x)
+    assert float(layer.losses[0]) == pytest.approx(numpy_lbe(x), rel=1e-5)
+    assert float(regularizer(x)) == pytest.approx(numpy_lbe(x), rel=1e-5)
+
+
+def test_formula_arguments():
+    x = samples(6, 5, dtype=np.float64)
+    regularizer = LBERegularizer(0.75, 0.25, 0.5, ddof=1, scale=2.0, offset=0.5)
+    entropy = 0.5 * np.log(2.0 * x.var(axis=0, ddof=1) + 0.5).mean()
+    expected = 0.5 * (entropy - 0.75) ** 2
+    assert float(regularizer(x)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "policy", ["mixed_float16", "mixed_bfloat16", "float16", "bfloat16"]
+)
+def test_every_dtype_policy_trains(policy):
+    inputs = keras.Input((5,), dtype="float32")
+    regularizer = LBERegularizer(**SETTING)
+    hidden = keras.layers.Dense(8, activity_regularizer=regularizer, dtype=policy)
+    outputs = keras.layers.Dense(1, dtype="float32")(hidden(inputs))
+    model = keras.Model(inputs, outputs)
+    model.compile(keras.optimizers.SGD(0.5), "mse")
+    x = samples(16, 5)
+    hidden(x)
+    assert hidden.losses[0].dtype == "float32"
+    before = hidden.kernel.numpy().copy()
+    logs = model.train_on_batch(x, samples(16, 1), return_dict=True)
+    assert math.isfinite(logs["loss"])
+    assert regularizer.lbe_alpha.dtype == "float32"
+    assert float(regularizer.lbe_alpha.value) != 0.75
+    assert np.any(hidden.kernel.numpy() != before)
+
+
+def test_alpha_is_a_trainable_weight_before_the_first_call():
+    layer = keras.layers.Dense(4, activity_regularizer=LBERegularizer())
+    model = functional(layer)
+    assert [v.name for v in model.trainable_variables] == [
+        "kernel",
+        "bias",
+        "lbe_alpha",
+    ]
+    layer.trainable = False
+    assert model.trainable_variables == []
+
+
+def test_config_round_trip_has_plain_values_and_the_present_alpha():
+    regularizer = LBERegularizer(
+        **SETTING,
+        other_activity_regularizer=keras.regularizers.L1L2(0.1, 0.2),
+        ddof=1,
+        scale=3.0,
+        offset=0.5,
+        native=False,
+        name="mine",
+    )
+    regularizer.lbe_alpha.assign(0.1)
+    config = json.loads(json.dumps(keras.regularizers.serialize(regularizer)))
+    copy = keras.regularizers.get(config)
+    assert copy.get_config() == regularizer.get_config()
+    assert float(copy.lbe_alpha.value) == np.float32(0.1)
+    assert copy.other_activity_regularizer.l2 == np.float32(0.2)
+    assert copy.name == "mine"
+
+
+def perturbed(kind):
+    layer = keras.layers.Dense(4, activity_regularizer=LBERegularizer(**SETTING))
+    model = kind(layer)
+    model.compile("adam", "mse")
+    model.fit(samples(8, 5), samples(8, 4), verbose=0)
+    layer.activity_regularizer.lbe_alpha.assign(0.123456)
+    return model, layer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_files_restore_alpha_in_a_plain_model(kind, tmp_path):
+    model, _ = perturbed(kind)
+    model.save_weights(tmp_path / "model.weights.h5")
+    layer = keras.layers.Dense(4, activity_regularizer=LBERegularizer(**SETTING))
+    kind(layer).load_weights(tmp_path / "model.weights.h5")
+    assert float(layer.activity_regularizer.lbe_alpha.value) == np.float32(0.123456)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoints_restore_alpha_in_a_plain_model(kind, tmp_path):
+    model, _ = perturbed(kind)
+    path = tf.train.Checkpoint(model=model).write(str(tmp_path / "checkpoint"))
+    layer = keras.layers.Dense(4, activity_regularizer=LBERegularizer(**SETTING))
+    status = tf.train.Checkpoint(model=kind(layer)).read(path)
+    status.assert_existing_objects_matched().expect_partial()
+    assert float(layer.activity_regularizer.lbe_alpha.value) == np.float32(0.123456)
+
+
+@pytest.mark.parametrize("kind", [functional, sequential])
+def test_keras_files_restore_alpha_in_a_plain_model(kind, tmp_path):
+    model, layer = perturbed(kind)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for old, new in zip(model.weights, loaded.weights, strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert np.float32(0.123456) in [w.numpy() for w in loaded.weights if not w.shape]
+    x, y = samples(8, 5), samples(8, 4)
+    assert loaded.test_on_batch(x, y) == model.test_on_batch(x, y)
+    loaded.train_on_batch(x, y)  # the optimizer's state fits
+
+
+def test_one_regularizer_for_two_layers_is_one_after_loading(tmp_path):
+    shared = LBERegularizer(**SETTING)
+    inputs = keras.Input((5,))
+    x = keras.layers.Dense(4, activity_regularizer=shared)(inputs)
+    outputs = keras.layers.Dense(4, activity_regularizer=shared)(x)
+    model = keras.Model(inputs, outputs)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert len(model.weights) == len(loaded.weights) == 5
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"lbe_alpha": math.nan},
+        {"lbe_alpha": math.inf},
+        {"lbe_alpha_min": -0.1},
+        {"lbe_beta": -1.0},
+        {"lbe_beta": math.inf},
+    ],
+)
+def test_arguments_out_of_range(arguments):
+    with pytest.raises(ValueError, match="Received: "):
+        LBERegularizer(**arguments)
+
+
+def test_lbe_beside_lbe_is_refused():
+    with pytest.raises(ValueError, match="Received: other_activity_regularizer="):
+        LBERegularizer(other_activity_regularizer=LBERegularizer())
+
+
+def test_rematerialisation_raises_rather_than_losing_the_gradient():
+    layer = keras.layers.Dense(4, activity_regularizer=LBERegularizer())
+
+    class Block(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+            layer.build((None, 5))
+
+        def call(self, x):
+            return self.layer(x)
+
+    with keras.RematScope(mode="full"):
+        block = Block()
+    with (
+        tf.GradientTape(),
+        pytest.raises(RuntimeError, match="'.*dense.*'.*rematerialised"),
+    ):
+        block(samples(8, 5), training=True)
+
+
+def test_lbe_on_a_rematerialised_layer_is_correct():
+    with keras.RematScope(mode="full"):
+        layer = keras.layers.Dense(4, activity_regularizer=LBERegularizer(**SETTING))
+    layer.build((None, 5))
+    plain = keras.layers.Dense(4, activity_regularizer=LBERegularizer(**SETTING))
+    plain.build((None, 5))
+    plain.set_weights(layer.get_weights())
+    x = samples(8, 5)
+    gradients = []
+    for each in (layer, plain):
+        with tf.GradientTape() as tape:
+            each(x, training=True)
+            loss = tf.add_n(each.losses)
+        variables = [variable.value for variable in each.trainable_variables]
+        gradients.append(tape.gradient(loss, variables))
+    for ours, expected in zip(*gradients, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-6)
+
+
+def lbe_operations(function):
+    graph = function.get_concrete_function().graph
+    return [op.type for op in graph.get_operations() if op.type.startswith("LBE>")]
+
+
+def test_inference_graphs_of_a_plain_model_have_no_native_op():
+    layer = keras.layers.Dense(4, activity_regularizer=LBERegularizer())
+    model = functional(layer)
+    x = tf.constant(samples(8, 5))
+    assert lbe_operations(tf.function(lambda: model(x))) == []
+    assert lbe_operations(tf.function(lambda: model(x, training=False))) == []
+    training = lbe_operations(tf.function(lambda: model(x, training=True)))
+    native = lbe_ops.native.load().ops is not None
+    assert training == (["LBE>BatchEntropy"] if native else [])
+
+
+def test_required_native_op_is_required_in_inference_too():
+    layer = keras.layers.Dense(4, activity_regularizer=LBERegularizer(native=True))
+    model = functional(layer)
+    x = tf.constant(samples(8, 5))
+    function = tf.function(lambda: model(x))
+    if lbe_ops.native.load().ops is None:
+        with pytest.raises(lbe_ops.NativeUnavailableError):
+            function()
+    else:
+        assert lbe_operations(function) == ["LBE>BatchEntropy"]
+
+
+def test_symbolic_call():
+    inputs = keras.Input((5,))
+    model = keras.Model(inputs, LBERegularizer(**SETTING)(inputs))
+    x = samples(6, 5)
+    assert model.output.shape == ()
+    assert float(model(x)) == pytest.approx(numpy_lbe(x), rel=1e-5)

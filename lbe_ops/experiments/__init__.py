@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deep plain networks with and without LBE: data, nets, training, plots, command."""
+
+from lbe_ops.experiments.command import add_arguments, run
+
+__all__ = ["add_arguments", "run"]

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: trains a deep plain net with and without LBE, and compares."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import pathlib
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import lbe_ops
+from lbe_ops.experiments import settings as settings_module
+from lbe_ops.experiments.errors import ExperimentError
+from lbe_ops.experiments.results import NETS, RunFolder, write_json
+from lbe_ops.experiments.settings import PRESETS, Settings, stem
+
+DESCRIPTION = """\
+Trains a deep plain network (no normalization, no shortcuts) with and without LBE and
+compares them: configuration, history, weights and plots go to a folder. The same
+command continues an interrupted run, to the same numbers. Without arguments: the
+preset `demo`, about two minutes on two cores.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `run` to a parser."""
+    parser.description = DESCRIPTION
+    parser.usage = "%(prog)s [options]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+    run_group = parser.add_argument_group("run")
+    run_group.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="settings to start from; arguments given override them (default: demo; "
+        "the defaults below are demo's)",
+    )
+    nets = run_group.add_mutually_exclusive_group()
+    for flag, names in (
+        ("--lbe", ["with_lbe"]),
+        ("--no-lbe", ["without_lbe"]),
+        ("--both", list(NETS)),
+    ):
+        nets.add_argument(
+            flag,
+            dest="nets",
+            action="store_const",
+            const=names,
+            help=f"train {' and '.join(names)}".replace("_", " ")
+            + (" (default)" if flag == "--both" else ""),
+        )
+    run_group.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder of the results (default: results/NAME)",
+    )
+    run_group.add_argument(
+        "--name",
+        help="name of that folder (default: the preset's, or one made from the "
+        "settings)",
+    )
+    run_group.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="continue the run in DIR with its own settings; arguments must not "
+        "differ, except for more --epochs",
+    )
+    run_group.add_argument(
+        "--overwrite", action="store_true", help="remove earlier results of the folder"
+    )
+
+    fields = {field.name: field for field in dataclasses.fields(Settings)}
+
+    def add(group: Any, name: str, help: str, **options: Any) -> None:
+        field = fields[name]
+        kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float}
+        if field.type == "bool":
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = kinds.get(field.type, str)
+            if "choices" not in options:
+                options["metavar"] = "S" if options["type"] is str else "X"
+        default = field.default
+        if field.type == "bool":
+            default = "on" if default else "off"
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            help=f"{help} (default: {default})",
+            **options,
+        )
+
+    group = parser.add_argument_group("data")
+    add(
+        group,
+        "data",
+        "digits (offline), mnist, fashion_mnist, cifar10, cifar100, or an .npz with "
+        "x_train, y_train, x_test, y_test",
+    )
+    add(
+        group,
+        "scaling",
+        "values in [0, 1] or in [-1, 1]",
+        choices=settings_module.SCALINGS,
+    )
+    group = parser.add_argument_group("network")
+    add(group, "model", "kind of hidden layers", choices=settings_module.MODELS)
+    add(group, "depth", "hidden layers")
+    add(group, "width", "units or filters of each")
+    add(group, "kernel_size", "of convolutions")
+    add(group, "activation", "any of Keras")
+    add(group, "initializer", "of the hidden layers' kernels, any of Keras")
+    add(group, "dtype", "dtype policy", choices=settings_module.DTYPES)
+    group = parser.add_argument_group("LBE")
+    add(group, "lbe_alpha", "entropy to aim at, trained from this value")
+    add(group, "lbe_alpha_min", "its lower bound")
+    add(group, "lbe_beta", "factor of each layer's LBE")
+    add(group, "lbe_strength", "factor of the mean LBE; not divided by the batch size")
+    add(group, "lbe_input", "LBE on the (flattened) input as well")
+    add(
+        group,
+        "native",
+        "use of the compiled op",
+        choices=tuple(settings_module.NATIVE_MODES),
+    )
+    group = parser.add_argument_group("optimization")
+    add(group, "optimizer", "", choices=settings_module.OPTIMIZERS)
+    add(group, "learning_rate", "")
+    add(group, "beta_1", "of adam and adamw")
+    add(group, "epsilon", "of adam and adamw")
+    add(group, "momentum", "of sgd")
+    add(group, "weight_decay", "of adamw")
+    add(group, "global_clipnorm", "limit of all gradients' norm together; 0: none")
+    add(group, "clipnorm", "limit of each gradient's norm; 0: none")
+    add(group, "reduce_lr", "reduce the learning rate when val_loss stalls")
+    add(group, "reduce_lr_patience", "epochs without progress until then")
+    add(group, "reduce_lr_factor", "factor of the reduction")
+    add(group, "reduce_lr_min", "lowest learning rate")
+    add(group, "batch_size", "")
+    add(group, "epochs", "")
+    add(group, "seed", "of the weights and of the order of the samples")
+    add(group, "steps_per_execution", "training steps for each call into TensorFlow")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns its exit status.
+
+    0: done; 2: a bad argument, unreadable data or a conflicting result, told in one
+    line; 130: interrupted.
+    """
+    try:
+        _run(arguments)
+    except (ExperimentError, lbe_ops.NativeUnavailableError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "interrupted; the same command continues after the last finished epoch",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line `python -m lbe_ops.experiments`."""
+    parser = argparse.ArgumentParser(prog="python -m lbe_ops.experiments")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    given = vars(arguments)
+    folder, base, nets = _start(given)
+    settings = Settings.from_mapping({**base, **given})
+    _check_installed(settings)
+    # Imported here, since they need what was just checked.
+    from lbe_ops.experiments import data as data_module
+    from lbe_ops.experiments import plots
+    from lbe_ops.experiments.train import train
+
+    if folder is None:
+        name = given["name"] or settings.default_name()
+        folder = RunFolder(pathlib.Path(given["output"] or f"results/{name}"))
+    data = data_module.load(settings.data, settings.scaling)
+    native = settings_module.NATIVE_MODES[settings.native]
+    with lbe_ops.use_native(native):
+        op = "native" if lbe_ops.native.select() else "plain TensorFlow"
+        config = {
+            "settings": settings.as_dict(),
+            "data": data.describe(),
+            "nets": nets,
+            "environment": _environment(op),
+            "command": _command_line(arguments),
+        }
+        if given["overwrite"]:
+            folder.clear()
+        folder.open(config)
+        print(
+            f"{stem(settings.data)}: {len(data.x_train)} training and "
+            f"{len(data.x_test)} validation samples, {data.classes} classes; "
+            f"{settings.depth} {settings.model} layers x {settings.width}, "
+            f"{settings.activation}, {settings.initializer}; batch entropy: {op}; "
+            f"results in {folder.path}",
+            flush=True,
+        )
+        for net in nets:
+            title = net.replace("_lbe", " LBE")
+            if folder.net(net).finished(settings.epochs):
+                print(
+                    f"{title}: finished earlier, nothing to train "
+                    "(--overwrite trains anew)"
+                )
+                continue
+            started = time.perf_counter()
+            train(
+                settings,
+                data,
+                folder.net(net),
+                NETS[net],
+                lambda line, title=title: print(f"{title}: {line}", flush=True),
+            )
+            print(f"{title}: {time.perf_counter() - started:.0f} s", flush=True)
+    plots.draw(folder, data.chance)
+    _summarize(folder, data.chance)
+
+
+def _start(
+    given: Mapping[str, Any],
+) -> tuple[RunFolder | None, Mapping[str, Any], list[str]]:
+    """The folder to resume, the settings to start from, and the nets to train."""
+    if given["resume"] is None:
+        return None, PRESETS[given["preset"] or "demo"], given["nets"] or list(NETS)
+    for other in ("preset", "output", "name", "overwrite"):
+        if given[other]:
+            raise ExperimentError(f"--resume and --{other} exclude each other")
+    folder = RunFolder(pathlib.Path(given["resume"]))
+    config = folder.config()
+    if config is None:
+        raise ExperimentError(f"{folder.path} holds no run to resume")
+    return folder, config["settings"], given["nets"] or config["nets"]
+
+
+def _check_installed(settings: Settings) -> None:
+    """Fails before hours of training and not after them."""
+    needed = ["matplotlib", "rich"] + ["sklearn"] * (settings.data == "digits")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExperimentError(
+            f"{', '.join(missing)} not installed; pip install 'lbe_ops[experiments]'"
+        )
+
+
+def _command_line(arguments: argparse.Namespace) -> str:
+    mounted = getattr(arguments, "command", None) == "train"
+    program = "lbe-ops" if mounted else "python -m lbe_ops.experiments"
+    return f"{program} {shlex.join(sys.argv[1:])}".rstrip()
+
+
+def _environment(op: str) -> dict[str, Any]:
+    return {
+        "lbe_ops": lbe_ops.__version__,
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "devices": [device.device_type for device in tf.config.list_logical_devices()],
+        "batch_entropy": op,
+    }
+
+
+def _summarize(folder: RunFolder, chance: float) -> None:
+    """Writes summary.json and prints it as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    figures = {net: _figures(folder.net(net).history()) for net in NETS}
+    figures = {net: values for net, values in figures.items() if values}
+    write_json(folder.path / "summary.json", {"chance": chance, **figures})
+    table = Table("", *(net.replace("_lbe", " LBE") for net in figures))
+    for key in next(iter(figures.values())) | figures.get("with_lbe", {}):
+        cells = [values.get(key) for values in figures.values()]
+        table.add_row(
+            key.replace("_", " ").replace("val ", "validation "),
+            *("" if cell is None else f"{cell:.4g}" for cell in cells),
+        )
+    table.caption = f"validation accuracy by chance: {chance:.3f}"
+    Console().print(table)
+    print(f"results, weights and plots: {folder.path}")
+
+
+def _figures(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The final figures of a history; empty for a net that was not trained."""
+    if not rows:
+        return {}
+    names = ("accuracy", "ce", "lbe", "max_lbe")
+    final = {
+        key: rows[-1][key]
+        for name in names
+        for key in (name, f"val_{name}")
+        if key in rows[-1]
+    }
+    best = max(rows, key=lambda row: row["val_accuracy"])
+    return {
+        "epochs": len(rows),
+        **final,
+        "best_val_accuracy": best["val_accuracy"],
+        "best_epoch": best["epoch"],
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+    }

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets of labelled images: bundled, downloaded by Keras, or a local .npz."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import zipfile
+import zlib
+from typing import Any
+
+import keras
+import numpy as np
+
+from lbe_ops.experiments.errors import ExperimentError
+
+DOWNLOADED = ("mnist", "fashion_mnist", "cifar10", "cifar100")
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A training and a test (validation) set.
+
+    Attributes:
+        x_train, x_test: float32 `[n, height, width, channels]` or `[n, features]`.
+        y_train, y_test: int32 labels in `[0, classes)`.
+        classes: the number of classes.
+    """
+
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    classes: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        return self.x_train.shape[1:]
+
+    @property
+    def chance(self) -> float:
+        """Test accuracy of always answering the class most frequent there."""
+        return float(np.bincount(self.y_test).max() / len(self.y_test))
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes and a checksum, by which a resumed run knows its data."""
+        checksum = 0
+        for key in KEYS:
+            checksum = zlib.crc32(getattr(self, key), checksum)
+        return {
+            "train": len(self.x_train),
+            "test": len(self.x_test),
+            "shape": list(self.shape),
+            "classes": self.classes,
+            "crc32": f"{checksum:08x}",
+        }
+
+
+def load(name: str, scaling: str = "unit") -> Data:
+    """Loads a data set and scales its values to [0, 1] or [-1, 1].
+
+    Args:
+        name: `digits` (scikit-learn's, offline; a fixed stratified split, 80 % for
+            training), `mnist`, `fashion_mnist`, `cifar10` or `cifar100` (downloaded
+            by Keras), or the path of an `.npz` with `x_train`, `y_train`, `x_test`,
+            `y_test`: uint8, or floating point in [0, 1].
+        scaling: `unit` or `symmetric`.
+
+    Raises:
+        ExperimentError: data that cannot be read or do not fit.
+    """
+    if name == "digits":
+        arrays = _digits()
+    elif name in DOWNLOADED:
+        arrays = _download(name)
+    elif name.endswith(".npz"):
+        arrays = _read(pathlib.Path(name))
+    else:
+        known = ", ".join(("digits", *DOWNLOADED))
+        raise ExperimentError(
+            f"--data must be one of {known} or the path of an .npz. Received: {name}"
+        )
+    return _checked(name, arrays, scaling)
+
+
+def _digits() -> dict[str, np.ndarray]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    parts = train_test_split(
+        (digits.images / 16).astype(np.float32),
+        digits.target,
+        test_size=0.2,
+        stratify=digits.target,
+        random_state=0,
+    )
+    return dict(zip(("x_train", "x_test", "y_train", "y_test"), parts, strict=True))
+
+
+def _download(name: str) -> dict[str, np.ndarray]:
+    try:
+        train, test = getattr(keras.datasets, name).load_data()
+    except Exception as error:  # Keras raises Exception itself
+        reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
+        raise ExperimentError(
+            f"{name} could not be downloaded ({reason}); give a local copy with "
+            f"--data {name}.npz (x_train, y_train, x_test, y_test)"
+        ) from error
+    return dict(zip(KEYS, (*train, *test), strict=True))
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file, np.load(file) as archive:
+            missing = [key for key in KEYS if key not in archive]
+            if missing:
+                raise ExperimentError(
+                    f"{path} lacks {', '.join(missing)}; it must have {', '.join(KEYS)}"
+                )
+            return {key: archive[key] for key in KEYS}
+    except (OSError, EOFError, ValueError, TypeError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or "not an .npz of plain arrays"
+        raise ExperimentError(f"{path} cannot be read: {reason}") from error
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise ExperimentError(f"{path} cannot be read: it is damaged") from error
+
+
+def _checked(name: str, arrays: dict[str, np.ndarray], scaling: str) -> Data:
+    images = {key: _images(name, key, arrays[key]) for key in ("x_train", "x_test")}
+    labels = {key: _labels(name, key, arrays[key]) for key in ("y_train", "y_test")}
+    for part in ("train", "test"):
+        x, y = images[f"x_{part}"], labels[f"y_{part}"]
+        if len(x) != len(y) or len(x) < 2:
+            raise ExperimentError(
+                f"{name}: x_{part} and y_{part} must have the same length, at least "
+                f"2. Received: {len(x)} and {len(y)}"
+            )
+    if images["x_train"].shape[1:] != images["x_test"].shape[1:]:
+        raise ExperimentError(
+            f"{name}: samples of x_train and x_test differ in shape: "
+            f"{images['x_train'].shape[1:]} and {images['x_test'].shape[1:]}"
+        )
+    classes = int(labels["y_train"].max()) + 1
+    highest = max(classes - 1, int(labels["y_test"].max()))
+    if highest >= classes or classes > len(labels["y_train"]):
+        raise ExperimentError(
+            f"{name}: labels must be 0 ... classes - 1, every one of the test labels "
+            f"among those for training. Received: a highest label of {highest}"
+        )
+    if scaling == "symmetric":
+        images = {key: 2 * x - 1 for key, x in images.items()}
+    return Data(**images, **labels, classes=classes)
+
+
+def _images(name: str, key: str, x: np.ndarray) -> np.ndarray:
+    if x.ndim not in (2, 3, 4) or 0 in x.shape:
+        raise ExperimentError(
+            f"{name}: {key} must have the shape [n, features], [n, height, width] or "
+            f"[n, height, width, channels]. Received: {list(x.shape)}"
+        )
+    if x.dtype == np.uint8:
+        x = x.astype(np.float32) / 255
+    elif np.issubdtype(x.dtype, np.floating):
+        if not np.isfinite(x).all():
+            raise ExperimentError(f"{name}: {key} contains NaN or infinity")
+        if x.min() < 0 or x.max() > 1:
+            raise ExperimentError(
+                f"{name}: floating-point values of {key} must lie in [0, 1]. "
+                f"Received: [{x.min():g}, {x.max():g}]"
+            )
+        x = x.astype(np.float32)
+    else:
+        raise ExperimentError(
+            f"{name}: {key} must be uint8 or floating point. Received: {x.dtype}"
+        )
+    x = x[..., None] if x.ndim == 3 else x
+    return np.ascontiguousarray(x)
+
+
+def _labels(name: str, key: str, y: np.ndarray) -> np.ndarray:
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
+        raise ExperimentError(
+            f"{name}: {key} must be integer labels of shape [n]. "
+            f"Received: {y.dtype} of shape {list(y.shape)}"
+        )
+    if len(y) and (y.min() < 0 or y.max() > np.iinfo(np.int32).max):
+        raise ExperimentError(
+            f"{name}: {key} must not be negative or huge. "
+            f"Received: labels from {y.min()} to {y.max()}"
+        )
+    return np.ascontiguousarray(y, np.int32)

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: what is in it, written so that no file is ever half there.
+
+- `config.json`: settings, data, versions, command line
+- `summary.json`: the final figures of each net
+- `*.png`: plots, with and without LBE on the same axes
+- `with_lbe/`, `without_lbe/`: a folder for each net, with
+    - `checkpoint.npz`: weights, optimizer state and history after the last epoch
+    - `history.csv`, `history.json`: a row for each epoch
+    - `entropy.csv`: batch entropy over depth, before and after training
+    - `model.weights.h5`: the trained weights; there once the net is finished
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from lbe_ops.experiments.errors import ExperimentError
+
+NETS = {"without_lbe": False, "with_lbe": True}
+PLOTS = ("accuracies", "crossentropy", "LBE_loss", "Max_LBE_loss", "entropy")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary path, which takes the place of `path` when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a value as indented JSON."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows with the same keys as CSV."""
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a net has behind it.
+
+    Attributes:
+        rows: one mapping for each finished epoch.
+        plateau: the state of the learning rate's reduction.
+    """
+
+    rows: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    plateau: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class NetFolder:
+    """The results of one net."""
+
+    path: pathlib.Path
+
+    @property
+    def checkpoint(self) -> pathlib.Path:
+        """The file that a run resumes from."""
+        return self.path / "checkpoint.npz"
+
+    @property
+    def weights(self) -> pathlib.Path:
+        """The trained weights, the last file that a finished net writes."""
+        return self.path / "model.weights.h5"
+
+    def history(self) -> list[dict[str, float]]:
+        """The rows written so far."""
+        path = self.path / "history.json"
+        return _read_json(path) if path.exists() else []
+
+    def finished(self, epochs: int) -> bool:
+        """Whether this net was trained for so many epochs and is complete."""
+        return self.weights.exists() and len(self.history()) >= epochs
+
+    def entropies(self) -> dict[str, list[float]]:
+        """Batch entropy over depth, before and after training."""
+        with (self.path / "entropy.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {key: [float(row[key]) for row in rows] for key in ("before", "after")}
+
+    def save(self, net: keras.Model, progress: Progress) -> None:
+        """Saves everything that the next epoch depends on, then the history."""
+        self.weights.unlink(missing_ok=True)
+        variables = _variables(net)
+        with replacing(self.checkpoint) as temporary:
+            np.savez(
+                temporary,
+                progress=np.array(json.dumps(dataclasses.asdict(progress))),
+                **{f"v{i}": v.numpy() for i, v in enumerate(variables)},
+            )
+        self.write_history(progress.rows)
+
+    def restore(self, net: keras.Model) -> Progress:
+        """Puts a net where `save` left it; a fresh start where it did not run."""
+        if not self.checkpoint.exists():
+            return Progress()
+        try:
+            with self.checkpoint.open("rb") as file, np.load(file) as saved:
+                values = [saved[f"v{i}"] for i in range(len(saved) - 1)]
+                progress = Progress(**json.loads(str(saved["progress"])))
+            for variable, value in zip(_variables(net), values, strict=True):
+                variable.assign(value)
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise ExperimentError(
+                f"{self.checkpoint} is damaged or of another version; train anew with "
+                "--overwrite"
+            ) from error
+        return progress
+
+    def write_history(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Writes the history for readers."""
+        write_csv(self.path / "history.csv", rows)
+        write_json(self.path / "history.json", rows)
+
+    def finish(
+        self, net: keras.Model, before: Sequence[float], after: Sequence[float]
+    ) -> None:
+        """Writes the entropies over depth and, last, the weights."""
+        numbers = range(1, len(before) + 1)
+        rows = [
+            {"layer": layer, "before": first, "after": last}
+            for layer, first, last in zip(numbers, before, after, strict=True)
+        ]
+        write_csv(self.path / "entropy.csv", rows)
+        with replacing(self.weights) as temporary:
+            net.save_weights(temporary)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """The results of one run: its configuration, its nets, its plots."""
+
+    path: pathlib.Path
+
+    def net(self, name: str) -> NetFolder:
+        """The folder of `with_lbe` or `without_lbe`."""
+        return NetFolder(self.path / name)
+
+    def config(self) -> dict[str, Any] | None:
+        """What `open` wrote, or None."""
+        path = self.path / "config.json"
+        return _read_json(path) if path.exists() else None
+
+    def open(self, config: dict[str, Any]) -> None:
+        """Makes the folder, or checks that it holds a run of this configuration.
+
+        Raises:
+            ExperimentError: it holds something else.
+        """
+        earlier = self.config()
+        if earlier is not None:
+            changed = _changes(earlier, config)
+            if changed:
+                raise ExperimentError(
+                    f"{self.path} holds a run with other settings ({changed}); choose "
+                    "another --output, or --overwrite it"
+                )
+            done = min(
+                (len(self.net(net).history()) for net in earlier["nets"]), default=0
+            )
+            if config["settings"]["epochs"] < done:
+                raise ExperimentError(
+                    f"{self.path} holds {done} epochs already, more than "
+                    f"--epochs {config['settings']['epochs']}; choose another "
+                    "--output, or --overwrite it"
+                )
+            nets = {*earlier["nets"], *config["nets"]}
+            config = {**config, "nets": [net for net in NETS if net in nets]}
+        try:
+            write_json(self.path / "config.json", config)
+        except OSError as error:
+            raise ExperimentError(
+                f"{self.path} cannot be written: {error.strerror}"
+            ) from error
+
+    def clear(self) -> None:
+        """Removes what a run wrote, and nothing else."""
+        for net in NETS:
+            shutil.rmtree(self.path / net, ignore_errors=True)
+        for name in ("config.json", "summary.json", *(f"{p}.png" for p in PLOTS)):
+            (self.path / name).unlink(missing_ok=True)
+
+
+def _changes(earlier: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """What differs between two configurations and decides the numbers; or ''."""
+    found = []
+    for part in ("settings", "data"):
+        before, now = earlier[part], config[part]
+        for key in {**before, **now}:
+            # The path of the data may change, their checksum may not.
+            if key not in ("epochs", "data") and before.get(key) != now.get(key):
+                found.append(f"{key}: {before.get(key)} there, {now.get(key)} here")
+    return "; ".join(found)
+
+
+def _variables(net: keras.Model) -> list[keras.Variable]:
+    return [*net.weights, *net.optimizer.variables]
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ExperimentError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training one net, epoch by epoch, so that it can stop and go on at any of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import keras
+import numpy as np
+
+from lbe_ops.experiments import nets
+from lbe_ops.experiments.data import Data
+from lbe_ops.experiments.results import NetFolder, Progress
+from lbe_ops.experiments.settings import Settings
+
+# Measured on 2 cores; only for telling the user how long to wait.
+SECONDS_PER_LAYER = {False: 0.07, True: 0.12}
+
+
+def train(
+    settings: Settings,
+    data: Data,
+    folder: NetFolder,
+    lbe: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Trains a net to its last epoch, from where an earlier call left it.
+
+    The order of the samples is a function of the seed and the epoch, and everything
+    else that an epoch depends on is saved after each, so that a training interrupted
+    anywhere ends with the same numbers as one that was not.
+
+    Args:
+        settings: what to train.
+        data: what to train on; the test set validates.
+        folder: where the results are, and go.
+        lbe: with LBE or without.
+        say: called with each line of progress.
+    """
+    net = nets.build(settings, data.shape, data.classes, lbe)
+    sample = data.x_test[: settings.batch_size]
+    before = nets.entropies(net, sample)
+    progress = folder.restore(net)
+    plateau = _plateau(settings, net, progress)
+    first = len(progress.rows)
+    if first:
+        say(f"resuming after epoch {first}")
+    if first < settings.epochs:
+        seconds = settings.depth * SECONDS_PER_LAYER[lbe]
+        say(
+            f"building and tracing the graph of {settings.depth} layers, "
+            f"about {_duration(max(seconds, 1))}"
+        )
+    callback = _FirstStep(say)
+    for epoch in range(first, settings.epochs):
+        started = time.perf_counter()
+        order = np.random.default_rng((settings.seed, epoch)).permutation(
+            len(data.x_train)
+        )
+        history = net.fit(
+            data.x_train[order],
+            data.y_train[order],
+            batch_size=settings.batch_size,
+            shuffle=False,
+            validation_data=(data.x_test, data.y_test),
+            verbose=0,
+            callbacks=[callback],
+        ).history
+        logs = {name: values[0] for name, values in history.items()}
+        logs.setdefault("ce", logs["loss"])
+        logs.setdefault("val_ce", logs["val_loss"])
+        logs["learning_rate"] = float(net.optimizer.learning_rate)
+        if plateau is not None:
+            plateau.on_epoch_end(epoch, logs)
+            progress.plateau = {"best": plateau.best, "wait": plateau.wait}
+        logs["seconds"] = round(time.perf_counter() - started, 3)
+        progress.rows.append({"epoch": epoch + 1, **logs})
+        folder.save(net, progress)
+        say(_line(progress, settings.epochs))
+    folder.write_history(progress.rows)
+    folder.finish(net, before, nets.entropies(net, sample))
+
+
+class _FirstStep(keras.callbacks.Callback):
+    """Says how long the first step took, which is mostly tracing."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self.say = say
+        self.started = time.perf_counter()
+        self.done = False
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        if not self.done:
+            self.done = True
+            seconds = time.perf_counter() - self.started
+            self.say(f"first step done after {_duration(seconds)}")
+
+
+def _plateau(
+    settings: Settings, net: keras.Model, progress: Progress
+) -> keras.callbacks.ReduceLROnPlateau | None:
+    """The callback that reduces the learning rate, in the state it was left in."""
+    if not settings.reduce_lr:
+        return None
+    plateau = keras.callbacks.ReduceLROnPlateau(
+        monitor="val_loss",
+        mode="min",
+        patience=settings.reduce_lr_patience,
+        factor=settings.reduce_lr_factor,
+        min_lr=settings.reduce_lr_min,
+    )
+    plateau.set_model(net)
+    plateau.on_train_begin()
+    for name, value in progress.plateau.items():
+        setattr(plateau, name, value)
+    return plateau
+
+
+def _line(progress: Progress, epochs: int) -> str:
+    row = progress.rows[-1]
+    width = len(str(epochs))
+    parts = [f"epoch {row['epoch']:{width}}/{epochs}"]
+    for title, key, digits in (
+        ("accuracy", "accuracy", 3),
+        ("ce", "ce", 4),
+        ("lbe", "lbe", 4),
+    ):
+        if key in row:
+            training, validation = row[key], row[f"val_{key}"]
+            parts.append(f"{title} {training:.{digits}f}/{validation:.{digits}f}")
+    recent = [row["seconds"] for row in progress.rows[-5:]]
+    left = (epochs - row["epoch"]) * sorted(recent)[len(recent) // 2]
+    parts.append(f"{row['seconds']:.1f} s")
+    return "  ".join(parts) + (f"  ({_duration(left)} left)" if left else "")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{math.ceil(seconds / 60)} min"

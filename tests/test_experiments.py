@@ -1,0 +1,509 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experiments: data, nets, the command, and resuming to the same numbers."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import lbe_ops
+from lbe_ops.experiments import command, data, nets, plots, results
+from lbe_ops.experiments.errors import ExperimentError
+from lbe_ops.experiments.settings import PRESETS, Settings
+
+# Keras' own conversion of variables for .weights.h5, under NumPy 2.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+
+TINY = "--depth 3 --width 8 --epochs 3 --batch-size 64 --learning-rate 0.01"
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory) -> pathlib.Path:
+    """A small data set: noisy images of three patterns, 150 + 40 samples."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 200, (3, 6, 6))
+    arrays = {}
+    for part, n in (("train", 150), ("test", 40)):
+        labels = np.arange(n) % 3
+        noise = rng.integers(0, 56, (n, 6, 6))
+        arrays[f"x_{part}"] = (patterns[labels] + noise).astype(np.uint8)
+        arrays[f"y_{part}"] = labels.astype(np.uint8)
+    path = tmp_path_factory.mktemp("data") / "patterns.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture
+def run(npz, tmp_path, capsys, monkeypatch):
+    """Runs the command; its status, standard output and standard error."""
+
+    def run(*arguments: object, draw: bool = False) -> tuple[int, str, str]:
+        if not draw:  # takes longer than the training
+            monkeypatch.setattr(plots, "draw", lambda folder, chance: None)
+        words = ["--data", str(npz), *TINY.split(), "--output", str(tmp_path / "run")]
+        status = command.main([*words, *map(str, arguments)])
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+def history(folder: pathlib.Path, net: str) -> list[dict[str, float]]:
+    """The rows of a history, without the one column that is not reproducible."""
+    rows = json.loads((folder / net / "history.json").read_text())
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def checkpoint(folder: pathlib.Path, net: str) -> dict[str, np.ndarray]:
+    with np.load(folder / net / "checkpoint.npz") as saved:
+        return {key: saved[key] for key in saved if key != "progress"}
+
+
+def assert_same_run(a: pathlib.Path, b: pathlib.Path, net: str) -> None:
+    """The same bits: history, weights and the state of the optimizer."""
+    assert history(a, net) == history(b, net)
+    first, second = checkpoint(a, net), checkpoint(b, net)
+    assert first.keys() == second.keys()
+    for key in first:
+        np.testing.assert_array_equal(first[key], second[key])
+
+
+# Data
+
+
+def test_digits_are_split_once_and_for_all():
+    digits = data.load("digits")
+    assert digits.x_train.shape == (1437, 8, 8, 1)
+    assert digits.x_test.shape == (360, 8, 8, 1)
+    assert digits.x_train.dtype == np.float32
+    assert (digits.x_train.min(), digits.x_train.max()) == (0, 1)
+    assert digits.classes == 10
+    counts = np.bincount(digits.y_test)
+    assert counts.min() >= 35 and counts.max() <= 37
+    assert digits.chance == pytest.approx(37 / 360)
+    assert digits.describe() == data.load("digits").describe()
+
+
+def test_local_file_is_scaled(npz):
+    raw = np.load(npz)
+    unit, symmetric = data.load(str(npz)), data.load(str(npz), "symmetric")
+    expected = raw["x_train"][..., None].astype(np.float32)
+    np.testing.assert_array_equal(unit.x_train, expected / 255)
+    np.testing.assert_allclose(symmetric.x_train, expected / 127.5 - 1, atol=1e-6)
+    np.testing.assert_array_equal(unit.y_test, raw["y_test"])
+    assert unit.describe()["crc32"] != symmetric.describe()["crc32"]
+
+
+def changed(npz: pathlib.Path, folder: pathlib.Path, **arrays: object) -> str:
+    content = {**np.load(npz), **arrays}
+    path = folder / "changed.npz"
+    np.savez(path, **{k: v for k, v in content.items() if v is not None})
+    return str(path)
+
+
+X = np.zeros((150, 6, 6), np.float32)
+BAD_ARRAYS = {
+    "missing key": ({"y_test": None}, "lacks y_test"),
+    "objects": ({"x_train": np.array([None, {}])}, "plain arrays"),
+    "dtype": ({"x_train": X.astype(np.int64)}, "must be uint8 or floating point"),
+    "rank": ({"x_train": np.zeros(150, np.uint8)}, "must have the shape"),
+    "nan": ({"x_train": np.where(X == 0, np.nan, X)}, "NaN"),
+    "range": ({"x_train": X + 2}, r"must lie in \[0, 1\]"),
+    "length": ({"x_train": X[:149]}, "the same length"),
+    "sample shape": ({"x_train": X[:, :5]}, "differ in shape"),
+    "float labels": ({"y_train": np.zeros(150)}, "integer labels"),
+    "negative label": ({"y_train": np.full(150, -1)}, "must not be negative"),
+    "unknown label": ({"y_test": np.full(40, 3)}, "highest label of 3"),
+    "huge label": ({"y_train": np.arange(150) + 10**6}, "highest label"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARRAYS)
+def test_unfit_data_are_refused(npz, tmp_path, case):
+    arrays, message = BAD_ARRAYS[case]
+    with pytest.raises(ExperimentError, match=message):
+        data.load(changed(npz, tmp_path, **arrays))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.npz", None, "No such file"),
+        ("text.npz", b"no archive", "not an .npz"),
+        ("empty.npz", b"", "not an .npz"),
+        ("cut.npz", "half", "damaged|not an .npz"),
+        ("array.npz", "npy", "not an .npz"),
+        ("folder/x.npz", "folder", "directory"),
+        ("what", None, "--data must be one of digits"),
+    ],
+)
+def test_unreadable_files_are_refused(npz, tmp_path, name, content, message):
+    path = tmp_path / name
+    if content == "half":
+        path.write_bytes(npz.read_bytes()[:3000])
+    elif content == "npy":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
+    elif content == "folder":
+        path.mkdir(parents=True)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ExperimentError, match=message) as error:
+        data.load(str(path) if name.endswith("npz") else name)
+    assert "\n" not in str(error.value)
+
+
+def test_failing_download_names_the_alternative(monkeypatch):
+    def load_data():
+        raise Exception("URL fetch failure on https://x: no network\nmore")
+
+    monkeypatch.setattr(keras.datasets.mnist, "load_data", load_data)
+    with pytest.raises(ExperimentError, match=r"no network.*--data mnist\.npz"):
+        data.load("mnist")
+
+
+# Settings
+
+
+def test_presets_and_overriding():
+    port = Settings(**PRESETS["port-mnist"])
+    assert (port.depth, port.width, port.batch_size, port.epochs) == (500, 128, 512, 50)
+    assert (port.lbe_alpha, port.lbe_alpha_min, port.lbe_beta) == (3.0, 0.3, 1.0)
+    assert port.lbe_strength == 1.5 / 512
+    assert (port.learning_rate, port.beta_1, port.global_clipnorm) == (1e-4, 0.95, 1)
+    assert Settings().default_name() == "demo"
+    assert port.default_name() == "port-mnist"
+    other = Settings.from_mapping({**PRESETS["port-mnist"], "depth": 4, "nets": []})
+    assert (other.depth, other.width) == (4, 128)
+    assert other.default_name().startswith("mnist-dense-4x128-")
+    longer = Settings.from_mapping({**other.as_dict(), "epochs": 99})
+    assert longer.default_name() == other.default_name()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--depth 0", "--depth must be at least 1. Received: 0"),
+        ("--batch-size 1", "--batch-size must be at least 2"),
+        ("--learning-rate nan", "--learning-rate must be finite"),
+        ("--lbe-strength -1", "--lbe-strength must be finite and >= 0"),
+        ("--activation sine", "--activation must be"),
+        ("--initializer he", "--initializer must be"),
+        ("--clipnorm 1", "--clipnorm and --global-clipnorm exclude each other"),
+        ("--data other.npz", "other.npz cannot be read: No such file"),
+        ("--resume somewhere", "--resume and --output exclude each other"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(run, arguments, message):
+    status, _, error = run(*arguments.split())
+    assert status == 2
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+def test_unknown_choice_is_refused(run):
+    with pytest.raises(SystemExit) as exit:
+        run("--model", "transformer")
+    assert exit.value.code == 2
+
+
+def test_missing_extra_is_named(run, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n: None if n == "rich" else find_spec(n)
+    )
+    status, _, error = run()
+    assert status == 2
+    assert error == "error: rich not installed; pip install 'lbe_ops[experiments]'\n"
+
+
+def test_required_native_op_that_is_not_there_is_told(run, monkeypatch):
+    missing = lbe_ops.native.Native(None, "it is not there.")
+    monkeypatch.setattr(lbe_ops.native, "load", lambda: missing)
+    status, _, error = run("--native", "require")
+    assert status == 2
+    assert "it is not there." in error and error.count("\n") == 1
+
+
+# Nets
+
+
+@pytest.mark.parametrize("model", ["dense", "conv"])
+def test_initial_weights_are_those_without_lbe(model):
+    settings = Settings(depth=4, width=5, model=model, lbe_input=True)
+    plain = nets.build(settings, (6, 6, 1), 3, lbe=False)
+    lbe = nets.build(settings, (6, 6, 1), 3, lbe=True)
+    assert type(plain) is not type(lbe)
+    assert len(lbe.lbe_regularizers) == 4 + 1
+    kernels = [w for w in lbe.weights if not w.path.endswith("lbe_alpha")]
+    assert len(kernels) == len(plain.weights) == 2 * 5
+    for one, other in zip(plain.weights, kernels, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+    hidden = [w.numpy() for w in plain.weights if w.path.startswith("hidden")]
+    assert not np.array_equal(hidden[2], hidden[4])  # every layer has its own seed
+    again = nets.build(
+        Settings(depth=4, width=5, model=model, seed=2), (6, 6, 1), 3, lbe=False
+    )
+    assert not np.array_equal(again.weights[0].numpy(), plain.weights[0].numpy())
+
+
+def test_convolutions_need_images():
+    with pytest.raises(ExperimentError, match="needs images"):
+        nets.build(Settings(model="conv", depth=1), (7,), 3, lbe=False)
+
+
+@pytest.mark.parametrize("lbe", [False, True])
+def test_entropies_over_depth(lbe):
+    net = nets.build(Settings(depth=3, width=4), (2, 2, 1), 3, lbe=lbe)
+    x = np.random.default_rng(0).random((16, 2, 2, 1), np.float32)
+    expected, y = [], x.reshape(16, 4).astype(np.float64)
+    for number in (1, 2, 3):
+        kernel, bias = (
+            w.numpy().astype(np.float64)
+            for w in net.get_layer(f"hidden_{number}").weights[:2]
+        )
+        y = np.maximum(y @ kernel + bias, 0)
+        expected.append(np.mean(np.log(np.pi * np.e * y.var(axis=0) + 1) / 2))
+    np.testing.assert_allclose(nets.entropies(net, x), expected, rtol=1e-4)
+    assert net.losses == []
+
+
+@pytest.mark.parametrize("lbe", [False, True])
+def test_steps_are_traced_once(npz, lbe):
+    """Twice, where a metric makes its variables in the first step."""
+    patterns = data.load(str(npz))
+    net = nets.build(Settings(depth=2, width=4), patterns.shape, 3, lbe)
+    traces = []
+    train_step, test_step = net.train_step, net.test_step
+    net.train_step = lambda batch: traces.append("train") or train_step(batch)
+    net.test_step = lambda batch: traces.append("test") or test_step(batch)
+    for _ in range(2):
+        net.fit(
+            patterns.x_train,
+            patterns.y_train,
+            batch_size=64,  # the last one is smaller
+            validation_data=(patterns.x_test, patterns.y_test),
+            verbose=0,
+        )
+    assert traces == ["train", "test"]
+
+
+# The command
+
+
+def test_results_of_a_run(run, tmp_path):
+    status, output, error = run("--lbe-input", draw=True)
+    assert (status, error) == (0, "")
+    folder = tmp_path / "run"
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*.*")}
+    of_a_net = "checkpoint.npz entropy.csv history.csv history.json model.weights.h5"
+    assert files == {
+        *(f"{plot}.png" for plot in results.PLOTS),
+        *(f"{net}/{name}" for net in results.NETS for name in of_a_net.split()),
+        "config.json",
+        "summary.json",
+    }
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"]["depth"] == 3 and config["settings"]["lbe_input"]
+    assert config["data"]["train"] == 150
+    assert config["environment"]["lbe_ops"] == lbe_ops.__version__
+    for net in results.NETS:
+        rows = json.loads((folder / net / "history.json").read_text())
+        assert [row["epoch"] for row in rows] == [1, 2, 3]
+        assert {"loss", "ce", "accuracy", "val_loss", "val_ce", "val_accuracy"} < {
+            *rows[0]
+        }
+        with (folder / net / "history.csv").open(newline="") as file:
+            table = [{k: float(v) for k, v in r.items()} for r in csv.DictReader(file)]
+        assert table == rows
+        assert "first step done" in output and "epoch 3/3" in output
+    lbe = history(folder, "with_lbe")[-1]
+    assert lbe["loss"] == pytest.approx(lbe["ce"] + 0.003 * lbe["lbe"], rel=1e-5)
+    assert lbe["max_lbe"] >= lbe["lbe"] > 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["chance"] == 14 / 40
+    assert summary["with_lbe"]["val_accuracy"] == lbe["val_accuracy"]
+
+
+def test_weights_are_the_trained_ones(run, npz, tmp_path):
+    run("--lbe")
+    folder = tmp_path / "run" / "with_lbe"
+    settings = Settings.from_mapping(
+        json.loads((folder.parent / "config.json").read_text())["settings"]
+    )
+    patterns = data.load(str(npz))
+    net = nets.build(settings, patterns.shape, 3, lbe=True)
+    initial = nets.entropies(net, patterns.x_test)
+    net.load_weights(folder / "model.weights.h5")
+    logits = net.predict(patterns.x_test, verbose=0)
+    accuracy = np.mean(logits.argmax(axis=1) == patterns.y_test)
+    row = history(folder.parent, "with_lbe")[-1]
+    assert row["val_accuracy"] == pytest.approx(accuracy)
+    with (folder / "entropy.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["before"]) for row in rows] == initial
+    after = nets.entropies(net, patterns.x_test)
+    assert [float(row["after"]) for row in rows] == after
+
+
+def test_finished_run_is_kept(run, tmp_path):
+    run("--lbe")
+    before = checkpoint(tmp_path / "run", "with_lbe")
+    modified = (tmp_path / "run/with_lbe/checkpoint.npz").stat().st_mtime_ns
+    status, output, _ = run("--lbe")
+    assert status == 0 and "with LBE: finished earlier, nothing to train" in output
+    assert (tmp_path / "run/with_lbe/checkpoint.npz").stat().st_mtime_ns == modified
+
+    status, _, error = run("--lbe", "--lbe-alpha", 2, "--seed", 5)
+    assert status == 2 and error.count("\n") == 1
+    assert "lbe_alpha: 3.0 there, 2.0 here; seed: 1 there, 5 here" in error
+    status, _, error = run("--epochs", 2)
+    assert status == 2 and "holds 3 epochs already" in error
+
+    status, output, _ = run("--no-lbe")
+    assert status == 0 and "with LBE: epoch" not in output
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["nets"] == ["without_lbe", "with_lbe"]
+
+    assert run("--lbe", "--overwrite", "--seed", 5)[0] == 0
+    assert not (tmp_path / "run/without_lbe").exists()
+    after = checkpoint(tmp_path / "run", "with_lbe")
+    assert any(not np.array_equal(before[key], after[key]) for key in before)
+
+
+class Interrupted:
+    """Makes training stop in the middle of an epoch, as Ctrl-C does."""
+
+    def __init__(self, monkeypatch, epoch: int) -> None:
+        fit = keras.Model.fit
+        calls = []
+
+        def interrupted(net, *arguments, **options):
+            calls.append(net)
+            if len(calls) == epoch:
+                options["callbacks"] = [
+                    keras.callbacks.LambdaCallback(on_train_batch_end=self.interrupt)
+                ]
+            return fit(net, *arguments, **options)
+
+        monkeypatch.setattr(keras.Model, "fit", interrupted)
+
+    def interrupt(self, batch, logs):
+        raise KeyboardInterrupt
+
+
+RESUMED = {
+    "plain": "--no-lbe",
+    "lbe": "--lbe --lbe-input",
+    "plateau": "--lbe --reduce-lr --reduce-lr-patience 1 --learning-rate 0.2",
+    "adamw": "--lbe --optimizer adamw --native never",
+    "sgd": "--no-lbe --optimizer sgd --momentum 0.9",
+    "steps": "--lbe --steps-per-execution 2",
+    "float16": "--lbe --dtype mixed_float16",
+    "conv": "--lbe --model conv",
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_interrupted_run_ends_with_the_same_numbers(run, tmp_path, monkeypatch, case):
+    arguments = [*RESUMED[case].split(), "--epochs", 4]
+    assert run(*arguments)[0] == 0
+    whole = (tmp_path / "run").rename(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        Interrupted(patch, epoch=3)
+        status, _, error = run(*arguments)
+    assert status == 130 and "same command continues" in error
+    net = next(path.parent.name for path in (tmp_path / "run").glob("*/history.json"))
+    assert len(history(tmp_path / "run", net)) == 2
+    status, output, _ = run(*arguments)
+    assert status == 0 and "resuming after epoch 2" in output
+    assert_same_run(whole, tmp_path / "run", net)
+    if case == "plateau":
+        rates = [row["learning_rate"] for row in history(whole, net)]
+        assert len(set(rates)) > 1
+
+
+def test_prolonged_run_is_that_of_more_epochs(run, tmp_path, npz):
+    run("--lbe", "--epochs", 2)
+    short = (tmp_path / "run").rename(tmp_path / "short")
+    run("--lbe")
+    status = command.main(["--resume", str(short), "--epochs", "3"])
+    assert status == 0
+    assert_same_run(short, tmp_path / "run", "with_lbe")
+
+
+def test_resume_checks_what_it_finds(run, tmp_path, npz, capsys):
+    assert command.main(["--resume", str(tmp_path)]) == 2
+    assert "holds no run to resume" in capsys.readouterr().err
+    run("--no-lbe", "--epochs", 1)
+    folder = tmp_path / "run"
+    assert command.main(["--resume", str(folder), "--width", "9"]) == 2
+    assert "width: 8 there, 9 here" in capsys.readouterr().err
+    moved = changed(npz, tmp_path)
+    resume = ["--resume", str(folder), "--epochs", "2", "--data"]
+    assert command.main([*resume, moved]) == 0  # the same data, elsewhere
+    other = changed(npz, tmp_path, y_test=np.zeros(40, np.uint8))
+    capsys.readouterr()
+    assert command.main([*resume, other]) == 2
+    assert "crc32" in capsys.readouterr().err
+    saved = folder / "without_lbe" / "checkpoint.npz"
+    saved.write_bytes(saved.read_bytes()[:-100])
+    resume = ["--resume", str(folder), "--epochs", "3", "--data", str(npz)]
+    assert command.main(resume) == 2
+    assert "checkpoint.npz is damaged" in capsys.readouterr().err
+
+
+def test_killed_run_ends_with_the_same_numbers(run, tmp_path, npz):
+    arguments = ["--lbe", "--epochs", 40]
+    words = ["--data", npz, *TINY.split(), "--output", tmp_path / "killed", *arguments]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lbe_ops.experiments", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with process.stdout:
+        for line in process.stdout:
+            if "epoch  5/40" in line:
+                break
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    finished = len(history(tmp_path / "killed", "with_lbe"))
+    assert 5 <= finished < 40
+    assert command.main(["--resume", str(tmp_path / "killed")]) == 0
+    assert run(*arguments)[0] == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "run", "with_lbe")
+
+
+def test_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.json"
+    results.write_json(path, [1])
+    with pytest.raises(ZeroDivisionError), results.replacing(path) as temporary:
+        temporary.write_text("[2")
+        1 / 0  # noqa: B018
+    assert json.loads(path.read_text()) == [1]
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_last_batch_of_one_sample_trains(run, tmp_path):
+    status, _, _ = run("--lbe", "--batch-size", 149, "--epochs", 2)
+    assert status == 0
+    rows = history(tmp_path / "run", "with_lbe")
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+
+
+def test_lbe_trains_what_does_not_train_without(tmp_path):
+    words = "--depth 40 --width 32 --epochs 25 --learning-rate 0.001 --batch-size 64"
+    assert command.main([*words.split(), "--output", str(tmp_path)]) == 0
+    plain, lbe = (history(tmp_path, net)[-1] for net in results.NETS)
+    assert plain["val_accuracy"] < 0.2
+    assert lbe["val_accuracy"] > 0.5

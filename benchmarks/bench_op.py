@@ -7,9 +7,9 @@ call each on a tensor that is there already, forward (the entropy) and forward +
 gradient (the entropy and dx). The call itself is included (see `empty call`), as is
 the allocation of the results.
 
-Every variant is first compared with a float64 oracle. Then all take turns, round by
-round, so that a disturbance hits all of them, together with plain reads and copies of
-as many bytes.
+Every variant is first compared with the float64 oracle of the tests. Then all take
+turns, round by round, so that a disturbance hits all of them, together with plain
+reads and copies of as many bytes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from machine import Streams, describe
 
 import lbe_ops
 from lbe_ops import info
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
+import oracle
 
 SHAPES = ("128x32", "512x32", "512x128", "512x1024", "1024x4096", "4096x4096")
 SHAPES += ("128x200704",)
@@ -154,15 +157,6 @@ def variants(threads: int) -> dict[str, Variant]:
     return {variant.name: variant for variant in listed}
 
 
-def oracle(x: np.ndarray, ddof: int) -> tuple[float, np.ndarray]:
-    """Entropy and gradient in float64."""
-    x = x.astype(np.float64)
-    n, units = x.shape
-    inner = lbe_ops.ops.SCALE * x.var(axis=0, ddof=ddof) + 1
-    dx = lbe_ops.ops.SCALE / (units * (n - ddof) * inner) * (x - x.mean(axis=0))
-    return 0.5 * np.log(inner).mean(), dx
-
-
 def difference(found: Results, expected: tuple[float, np.ndarray]) -> float:
     """The larger relative difference of entropy and gradient."""
     worst = abs(found[0] - expected[0]) / abs(expected[0])
@@ -213,7 +207,10 @@ def measure(
     """Checks, then times the variants on one shape; a row of the results."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal(shape, np.float32).astype(tf.as_dtype(dtype).as_numpy_dtype)
-    expected = {ddof: oracle(x, ddof) for ddof in {v.ddof for v in chosen}}
+    expected = {
+        ddof: (oracle.batch_entropy(x, ddof), oracle.batch_entropy_grad(x, ddof))
+        for ddof in {variant.ddof for variant in chosen}
+    }
     calls: dict[str, Call] = {}
     skipped: dict[str, str] = {}
     differences: dict[str, float] = {}

@@ -15,10 +15,10 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-import mmap
 import os
 import pathlib
 import re
+import struct
 import types
 import warnings
 from collections.abc import Iterator
@@ -36,8 +36,10 @@ _mode: contextvars.ContextVar[bool | None] = contextvars.ContextVar(
 )
 
 
-class NativeUnavailableError(RuntimeError):
+class NativeUnavailableError(Exception):
     """The native op was required and cannot be used; the message says why."""
+
+    # Directly below Exception: AutoGraph re-raises other types as its own.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +125,7 @@ def _unusable_here() -> str:
     """Why a loaded library cannot serve the function being traced, or ''."""
     from tensorflow.python.ops import control_flow_util
 
-    if control_flow_util.GraphOrParentsInXlaContext(
-        tf.compat.v1.get_default_graph()
-    ):
+    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
         return (
             "this function is compiled by XLA (jit_compile=True), for which the "
             "library has no kernel."
@@ -134,13 +134,20 @@ def _unusable_here() -> str:
 
 
 def built_for(path: pathlib.Path) -> str | None:
-    """The TensorFlow minor, such as '2.21', that a library says it was built for."""
-    with path.open("rb") as file:
-        if not path.stat().st_size:
-            return None
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            match = _MARKER.search(content)
-            return match.group(1).decode() if match else None
+    """The TensorFlow minor, such as '2.21', that a library says it was built for.
+
+    None if the file is no library of lbe_ops, or not all of it is there.
+    """
+    content = path.read_bytes()
+    marker = _MARKER.search(content)
+    if marker is None or len(content) < 64:
+        return None
+    # An ELF file ends with its table of sections: offset, entry size, entries.
+    (offset,) = struct.unpack_from("<Q", content, 0x28)
+    size, entries = struct.unpack_from("<HH", content, 0x3A)
+    if offset + size * entries > len(content):
+        return None
+    return marker.group(1).decode()
 
 
 @functools.lru_cache(maxsize=1)

@@ -20,28 +20,25 @@ def result_dtype(dtype: tf.DType) -> tf.DType:
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
-def check_sizes(x: tf.Tensor) -> list[tf.Operation]:
-    """Raises (or returns assertions that raise) where the batch is too small.
+def check_sizes(x: tf.Tensor) -> tf.Tensor:
+    """x, or an `InvalidArgumentError` if it has fewer than 2 samples or no unit.
 
-    Raises `InvalidArgumentError` at once where the sizes are known.
+    At once where the sizes are known, else when the graph runs. XLA drops assertions:
+    there only known sizes are checked.
     """
-    shape = tf.shape(x, out_type=tf.int64)
-    units = tf.reduce_prod(shape[1:])
-    checks = [
-        tf.debugging.assert_greater_equal(
-            shape[0],
-            tf.constant(2, tf.int64),
-            message="batch_entropy needs a batch of at least 2 samples: the "
-            "variance of a single one is undefined. Received a first dimension of",
-        ),
-        tf.debugging.assert_greater_equal(
-            units,
-            tf.constant(1, tf.int64),
-            message="batch_entropy needs at least one unit: every dimension of x "
-            "after the first must be positive. Received a number of units of",
-        ),
-    ]
-    return [check for check in checks if check is not None]
+    message = (
+        "batch_entropy needs a batch of at least 2 samples, since the variance of a "
+        "single one is undefined, and at least one unit. Received: x of shape "
+    )
+    sizes = x.shape.as_list() if x.shape.rank is not None else []
+    if sizes and (sizes[0] in (0, 1) or 0 in sizes[1:]):
+        raise tf.errors.InvalidArgumentError(None, None, f"{message}{x.shape}")
+    if x.shape.is_fully_defined():
+        return x
+    shape = tf.shape(x)
+    enough = (shape[0] >= 2) & (tf.size(x) >= 1)
+    with tf.control_dependencies([tf.debugging.Assert(enough, [message, shape])]):
+        return tf.identity(x)
 
 
 def moments(x: tf.Tensor, ddof: int) -> tuple[tf.Tensor, tf.Tensor]:
@@ -68,12 +65,9 @@ def unit_entropy(variance: tf.Tensor, scale: float, offset: float) -> tf.Tensor:
     return 0.5 * tf.math.log(scale * variance)
 
 
-def batch_entropy(
-    x: tf.Tensor, *, ddof: int, scale: float, offset: float
-) -> tf.Tensor:
+def batch_entropy(x: tf.Tensor, *, ddof: int, scale: float, offset: float) -> tf.Tensor:
     """`mean_u 1/2 ln(scale * v_u + offset)`; see `lbe_ops.batch_entropy`."""
-    with tf.control_dependencies(check_sizes(x)):
-        x = tf.identity(x)
+    x = check_sizes(x)
     return tf.reduce_mean(unit_entropy(moments(x, ddof)[1], scale, offset))
 
 
@@ -98,7 +92,6 @@ def unit_statistics(
     x: tf.Tensor, *, ddof: int, scale: float, offset: float
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """`(mean, variance, entropy)` of each unit; see `lbe_ops.unit_statistics`."""
-    with tf.control_dependencies(check_sizes(x)):
-        x = tf.identity(x)
+    x = check_sizes(x)
     mean, variance = moments(x, ddof)
     return mean, variance, unit_entropy(variance, scale, offset)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures (path, mode, dtype) and the one table of tolerances."""
+
+import dataclasses
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import lbe_ops
+from lbe_ops import native
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """How far results may be from float64 arithmetic on the same rounded x.
+
+    statistics: relative, of entropy, mean and variance (in float32 or float64).
+    grad: of dx, relative to its largest element: the rounding of its dtype.
+    grad_atol: of dx, absolute: half the smallest number of its dtype.
+    """
+
+    statistics: float
+    grad: float
+    grad_atol: float
+
+
+TOLERANCES = {
+    "float64": Tolerance(1e-13, 1e-12, 0.0),
+    "float32": Tolerance(4e-6, 1e-5, 0.0),
+    "float16": Tolerance(4e-6, 2**-11 + 1e-5, 2**-25),
+    "bfloat16": Tolerance(4e-6, 2**-8 + 1e-5, 0.0),
+}
+DTYPES = tuple(TOLERANCES)
+
+
+def require_native():
+    """Skips without the native library; fails where LBE_REQUIRE_NATIVE=1."""
+    reason = native.load().reason
+    if reason and os.environ.get("LBE_REQUIRE_NATIVE") == "1":
+        pytest.fail(f"LBE_REQUIRE_NATIVE=1, but {reason}")
+    elif reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def tolerance(dtype):
+    return TOLERANCES[dtype]
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """Who computes (native or reference) and how it is run (eager, graph, xla)."""
+
+    native: bool
+    mode: str
+
+    def run(self, function, *args):
+        """function(*args) with every op on this path."""
+
+        def call(*tensors):
+            # XLA has no native kernel: there the choice is left to lbe_ops.
+            with lbe_ops.use_native(None if self.mode == "xla" else self.native):
+                return function(*tensors)
+
+        args = [tf.convert_to_tensor(a) for a in args]
+        if self.mode == "eager":
+            return call(*args)
+        return tf.function(call, jit_compile=self.mode == "xla")(*args)
+
+
+PATHS = {
+    "native-eager": Path(True, "eager"),
+    "native-graph": Path(True, "graph"),
+    "reference-eager": Path(False, "eager"),
+    "reference-graph": Path(False, "graph"),
+    "xla": Path(False, "xla"),
+}
+
+
+@pytest.fixture(params=PATHS)
+def path(request):
+    if PATHS[request.param].native:
+        require_native()
+    return PATHS[request.param]
+
+
+@pytest.fixture
+def native_ops():
+    require_native()
+    return native.load().ops
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def tensor(values, dtype):
+    """values as a tensor, and what it holds after rounding, in float64."""
+    rounded = tf.cast(tf.constant(np.asarray(values)), dtype)
+    return rounded, tf.cast(rounded, tf.float64).numpy()
+
+
+def assert_statistics(actual, expected, tolerance, scale=None):
+    """Within tolerance.statistics of expected, relative to it or to `scale`."""
+    actual = np.asarray(tf.cast(actual, tf.float64))
+    scale = np.abs(expected) if scale is None else scale
+    np.testing.assert_array_less(
+        np.abs(actual - expected), tolerance.statistics * scale + 1e-300
+    )
+
+
+def assert_grad(actual, expected, tolerance):
+    actual = np.asarray(tf.cast(actual, tf.float64))
+    assert actual.shape == expected.shape
+    error = np.max(np.abs(actual - expected), initial=0)
+    bound = tolerance.grad * np.max(np.abs(expected), initial=0) + tolerance.grad_atol
+    assert error <= bound, f"error {error:.3g}, allowed {bound:.3g}"

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Native or reference: who chooses, and what happens where native is impossible."""
+
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import require_native
+
+import lbe_ops
+from lbe_ops import native
+
+X = tf.constant([[0.0, 1.0], [2.0, 1.0]])
+
+
+def op_types(**options):
+    """The types of the ops that batch_entropy builds."""
+
+    @tf.function
+    def function(x):
+        return lbe_ops.batch_entropy(x, **options)
+
+    graph = function.get_concrete_function(X).graph
+    return {op.type for op in graph.get_operations()}
+
+
+def is_native(**options):
+    return "LBE>BatchEntropy" in op_types(**options)
+
+
+@pytest.fixture
+def no_environment(monkeypatch):
+    monkeypatch.delenv(native.ENVIRONMENT_VARIABLE, raising=False)
+
+
+def test_argument_wins_over_context_over_environment(no_environment, monkeypatch):
+    require_native()
+    assert is_native()
+    assert not is_native(native=False)
+    monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, "0")
+    assert not is_native()
+    assert is_native(native=True)
+    with lbe_ops.use_native(True):
+        assert is_native()
+        assert not is_native(native=False)
+        with lbe_ops.use_native(None):
+            assert not is_native()
+        assert is_native()
+    assert not is_native()
+    monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, "1")
+    with lbe_ops.use_native(False):
+        assert not is_native()
+    assert is_native()
+
+
+def test_bad_modes_name_what_was_received(monkeypatch):
+    with pytest.raises(TypeError, match=r"use_native\(\).*'yes'"):
+        with lbe_ops.use_native("yes"):
+            pass
+    monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, "yes")
+    with pytest.raises(ValueError, match="LBE_OPS_NATIVE.*'yes'"):
+        lbe_ops.batch_entropy(X)
+
+
+@pytest.fixture
+def library(monkeypatch, tmp_path, no_environment):
+    """A copy of the library in place of the real one, not yet loaded."""
+    require_native()
+    path = tmp_path / native.LIBRARY_PATH.name
+    shutil.copy(native.LIBRARY_PATH, path)
+    monkeypatch.setattr(native, "LIBRARY_PATH", path)
+    native.load.cache_clear()
+    yield path
+    monkeypatch.undo()
+    native.load.cache_clear()
+    assert native.load().ops is not None
+
+
+def falls_back(expected_warnings):
+    """The results stay right, with that many warnings over several calls."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert not is_native()
+            assert float(lbe_ops.batch_entropy(X)) == pytest.approx(0.5638664)
+    assert len(caught) == expected_warnings
+    with pytest.raises(lbe_ops.NativeUnavailableError) as error:
+        lbe_ops.batch_entropy(X, native=True)
+    assert float(lbe_ops.batch_entropy(X, native=False)) == pytest.approx(0.5638664)
+    return "".join(str(w.message) for w in caught), str(error.value)
+
+
+def test_a_missing_library_is_quiet(library):
+    library.unlink()
+    _, reason = falls_back(expected_warnings=0)
+    assert "no compiled library" in reason
+
+
+@pytest.mark.parametrize("kept", [0, 1000, 0.5, 0.97])
+def test_a_truncated_library_warns_once(library, kept):
+    content = library.read_bytes()
+    size = int(kept * len(content)) if isinstance(kept, float) else kept
+    library.write_bytes(content[:size])
+    warning, reason = falls_back(expected_warnings=1)
+    assert str(library) in warning
+    assert str(library) in reason
+
+
+def test_a_file_that_is_no_library_warns_once(library):
+    library.write_bytes(b"lbe_ops, but not as we know it" * 1000)
+    warning, _ = falls_back(expected_warnings=1)
+    assert "damaged or not a library of lbe_ops" in warning
+
+
+def test_a_missing_symbol_warns_once(library):
+    content = library.read_bytes()
+    broken = content.replace(b"_ZN10tensorflow", b"_ZN10tensorfl0w")
+    assert broken != content
+    library.write_bytes(broken)
+    warning, reason = falls_back(expected_warnings=1)
+    assert "undefined symbol" in warning
+    assert "undefined symbol" in reason
+
+
+def test_a_library_for_another_minor_is_never_loaded(library, monkeypatch):
+    marker = b"lbe_ops was built for TensorFlow "
+    content = library.read_bytes()
+    at = content.index(marker) + len(marker)
+    running = ".".join(tf.__version__.split(".")[:2]).encode()
+    assert content[at : at + len(running)] == running
+    library.write_bytes(content[:at] + b"2.19" + content[at + len(running) :])
+
+    def load(path):
+        raise AssertionError(f"loaded {path}")
+
+    monkeypatch.setattr(tf, "load_op_library", load)
+    warning, reason = falls_back(expected_warnings=1)
+    for text in (warning, reason):
+        assert "built for TensorFlow 2.19" in text
+        assert f"this is TensorFlow {tf.__version__}" in text
+    assert "Rebuild" in warning
+
+
+def test_native_and_reference_agree(rng):
+    require_native()
+    x = rng.normal(size=(100, 30)).astype(np.float32)
+    for function in (lbe_ops.batch_entropy, lbe_ops.unit_statistics):
+        for a, b in zip(
+            tf.nest.flatten(function(x, native=True)),
+            tf.nest.flatten(function(x, native=False)),
+            strict=True,
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

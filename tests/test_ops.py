@@ -1,0 +1,470 @@
+# SPDX-License-Identifier: Apache-2.0
+"""batch_entropy and unit_statistics on every path and dtype, against the oracle."""
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import tensorflow as tf
+from conftest import (
+    DTYPES,
+    TOLERANCES,
+    assert_grad,
+    assert_statistics,
+    require_native,
+    tensor,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import lbe_ops
+from lbe_ops import native, ops
+
+SHAPES = [(2,), (2, 1), (3, 5), (8, 16), (17, 7, 3), (33, 64), (100, 65), (300, 2, 9)]
+FORMULAS = [
+    {"ddof": 0, "scale": oracle.SCALE, "offset": 1.0},
+    {"ddof": 1, "scale": 2 * math.pi * math.e, "offset": 0.0},
+    {"ddof": 1, "scale": 3.0, "offset": 0.25},
+]
+
+
+def value_and_grad(path, x, weight=1.0, **formula):
+    def function(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            entropy = lbe_ops.batch_entropy(x, **formula)
+            loss = entropy * tf.cast(weight, entropy.dtype)
+        return entropy, tape.gradient(loss, x)
+
+    return path.run(function, x)
+
+
+def result_dtype(dtype):
+    return tf.float64 if dtype == "float64" else tf.float32
+
+
+@pytest.mark.parametrize("formula", FORMULAS, ids=lambda f: f"offset={f['offset']}")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_entropy_and_gradient(path, dtype, tolerance, shape, formula, rng):
+    x, exact = tensor(rng.normal(0.5, 2, shape), dtype)
+    entropy, grad = value_and_grad(path, x, weight=-3.0, **formula)
+    assert entropy.dtype == result_dtype(dtype)
+    assert entropy.shape == ()
+    assert grad.dtype == x.dtype
+    # Entropies of units of either sign may cancel: relative to their size.
+    entropies = oracle.unit_entropy(exact, **formula)
+    assert_statistics(
+        entropy, entropies.mean(), tolerance, np.abs(entropies).mean() + 1
+    )
+    assert_grad(grad, -3.0 * oracle.batch_entropy_grad(exact, **formula), tolerance)
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_unit_statistics_and_their_gradients(path, dtype, tolerance, shape, ddof, rng):
+    x, exact = tensor(rng.normal(0.5, 2, shape), dtype)
+    a, b, c = rng.normal(size=(3, *shape[1:])).astype(result_dtype(dtype).name)
+
+    def function(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            statistics = lbe_ops.unit_statistics(x, ddof=ddof)
+            mean, variance, entropy = statistics
+            loss = tf.reduce_sum(a * mean + b * variance + c * entropy)
+        return *statistics, tape.gradient(loss, x)
+
+    mean, variance, entropy, grad = path.run(function, x)
+    expected_mean, expected_variance = oracle.moments(exact, ddof)
+    assert mean.shape == variance.shape == entropy.shape == shape[1:]
+    assert_statistics(tf.reshape(mean, [-1]), expected_mean, tolerance, 5.0)
+    assert_statistics(tf.reshape(variance, [-1]), expected_variance, tolerance)
+    assert_statistics(
+        tf.reshape(entropy, [-1]), oracle.unit_entropy(exact, ddof), tolerance
+    )
+    slope = oracle.SCALE / (2 * (oracle.SCALE * expected_variance + 1))
+    expected = oracle.statistics_grad(exact, a, b.ravel() + c.ravel() * slope, ddof)
+    assert_grad(grad, expected, tolerance)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_any_shape_and_values(dtype, data):
+    """Native and reference agree with the oracle whatever the shape and values."""
+    require_native()
+    width = 32 if dtype == "float32" else 64
+    bound = 1e3
+    array = data.draw(
+        hnp.arrays(
+            dtype,
+            hnp.array_shapes(min_dims=1, max_dims=4, min_side=1, max_side=40).map(
+                lambda shape: (shape[0] + 1, *shape[1:])
+            ),
+            elements=st.floats(-bound, bound, width=width),
+        )
+    )
+    # The error of a variance is relative to the squares that were rounded.
+    epsilon = 32 * np.finfo(dtype).eps
+    mean, variance = oracle.moments(array)
+    for use_native in (True, False):
+        statistics = lbe_ops.unit_statistics(array, native=use_native)
+        error = np.abs(np.ravel(statistics.mean) - mean)
+        assert (error <= epsilon * bound).all()
+        error = np.abs(np.ravel(statistics.variance) - variance)
+        assert (error <= epsilon * (variance + epsilon * bound**2)).all()
+
+
+@pytest.mark.parametrize(
+    "name, bound",
+    [
+        ("N(0, 1)", 2e-7),
+        ("mean 1e2, sd 1", 7e-7),
+        ("mean 1e4, sd 1", 8e-5),
+        ("mean 1e3, sd 1e-2", 5e-4),
+        ("ReLU, 1 % active", 2e-7),
+        ("outlier in row 0", 3e-7),
+    ],
+)
+def test_hard_data_in_float32(name, bound, native_ops, rng):
+    """The largest relative error of a variance, N = 4096, as the tree allows it."""
+    x = rng.normal(size=(4096, 64))
+    if name.startswith("mean"):
+        mean, sd = (float(part.split()[1]) for part in name.split(","))
+        x = mean + sd * x
+    elif name.startswith("ReLU"):
+        x = np.maximum(x - 2.326, 0)
+    elif name.startswith("outlier"):
+        x[0] = 1e4
+    x = x.astype(np.float32)
+    _, expected = oracle.moments(x)
+    variance = lbe_ops.unit_statistics(x, native=True).variance.numpy()
+    assert np.max(np.abs(variance / expected - 1)) <= 1.5 * bound
+
+
+def test_tiny_variances_are_not_lost(path):
+    """h = 1/2 log1p(pi e v) of v = 1e-10 is far below float32's epsilon."""
+    x = tf.constant([[-1e-5], [1e-5]])
+    entropy, _ = value_and_grad(path, x)
+    assert float(entropy) == pytest.approx(0.5 * oracle.SCALE * 1e-10, rel=1e-5)
+
+
+def test_dead_units_have_a_finite_gradient(path, dtype):
+    x, _ = tensor(np.zeros((4, 3)), dtype)
+    entropy, grad = value_and_grad(path, x)
+    assert float(entropy) == 0
+    assert np.asarray(tf.cast(grad, tf.float64)).tolist() == np.zeros((4, 3)).tolist()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_come_out_as_nan(path, dtype, value, rng):
+    values = rng.normal(size=(9, 20))
+    values[4, 17] = value
+    x, _ = tensor(values, dtype)
+    entropy, grad = value_and_grad(path, x)
+    assert np.isnan(float(entropy))
+    grad = np.asarray(tf.cast(grad, tf.float64))
+    assert np.isnan(grad[:, 17]).all()
+    assert np.isfinite(np.delete(grad, 17, axis=1)).all()
+    statistics = path.run(lbe_ops.unit_statistics, x)
+    assert np.isnan(np.asarray(statistics.variance)[17])
+    assert np.isfinite(np.delete(np.asarray(statistics.variance), 17)).all()
+
+
+def test_no_offset_and_no_variance_is_minus_infinity(path):
+    x = tf.constant([[1.0, 1.0], [1.0, 3.0]])
+
+    def function(x):
+        return lbe_ops.unit_statistics(x, scale=2 * math.pi * math.e, offset=0.0)
+
+    entropy = path.run(function, x).entropy.numpy()
+    assert entropy[0] == -np.inf
+    assert entropy[1] == pytest.approx(0.5 * math.log(2 * math.pi * math.e))
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_gradient_of_the_gradient(path, ddof, rng):
+    """Against finite differences of the oracle's gradient."""
+    exact = rng.normal(size=(5, 3))
+    direction = rng.normal(size=(5, 3))
+
+    def function(x):
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                entropy = lbe_ops.batch_entropy(x, ddof=ddof)
+                loss = entropy**2
+            product = tf.reduce_sum(inner.gradient(loss, x) * direction)
+        return outer.gradient(product, x)
+
+    def first(x):
+        return 2 * oracle.batch_entropy(x, ddof) * oracle.batch_entropy_grad(x, ddof)
+
+    step = 1e-6
+    expected = (first(exact + step * direction) - first(exact - step * direction)) / (
+        2 * step
+    )
+    np.testing.assert_allclose(path.run(function, exact), expected, atol=1e-8)
+
+
+def test_third_derivative(native_ops, rng):
+    x = tf.constant(rng.normal(size=(4, 3)))
+
+    def third(native):
+        with tf.GradientTape() as c:
+            c.watch(x)
+            with tf.GradientTape() as b:
+                b.watch(x)
+                with tf.GradientTape() as a:
+                    a.watch(x)
+                    h = lbe_ops.batch_entropy(x, native=native)
+                g = tf.reduce_sum(tf.sin(x) * a.gradient(h, x))
+            g = tf.reduce_sum(tf.cos(x) * b.gradient(g, x))
+        return c.gradient(g, x)
+
+    np.testing.assert_allclose(third(True), third(False), atol=1e-12)
+
+
+def test_gradient_of_statistics_gradient(path, rng):
+    exact = rng.normal(size=(5, 3))
+    a, b, direction = rng.normal(size=3), rng.normal(size=3), rng.normal(size=(5, 3))
+
+    def function(x):
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                mean, variance, _ = lbe_ops.unit_statistics(x)
+                loss = tf.reduce_sum(a * mean + b * variance**2)
+            product = tf.reduce_sum(inner.gradient(loss, x) * direction)
+        return outer.gradient(product, x)
+
+    def first(x):
+        return oracle.statistics_grad(x, a, 2 * b * oracle.moments(x)[1])
+
+    step = 1e-6
+    expected = (first(exact + step * direction) - first(exact - step * direction)) / (
+        2 * step
+    )
+    np.testing.assert_allclose(path.run(function, exact), expected, atol=1e-8)
+
+
+SIZES = [(0, 3), (1, 3), (1,), (0,), (4, 0), (4, 2, 0)]
+
+
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_too_few_samples_or_units_fail(path, dtype, shape):
+    x = tf.zeros(shape, dtype)
+    for function in (lbe_ops.batch_entropy, lbe_ops.unit_statistics):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="at least"):
+            path.run(function, x)
+
+
+@pytest.mark.parametrize("native_op", [True, False])
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_too_few_samples_or_units_fail_where_shapes_are_unknown(native_op, shape):
+    if native_op:
+        require_native()
+
+    @tf.function(input_signature=[tf.TensorSpec(None)])
+    def function(x):
+        return lbe_ops.batch_entropy(x, native=native_op)
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match="at least"):
+        function(tf.zeros(shape))
+
+
+@pytest.mark.parametrize("offset", [1.0, 0.0])
+@pytest.mark.parametrize("shape", [*SIZES, (2, 3)], ids=str)
+def test_or_zero_adds_nothing_for_small_batches(path, dtype, shape, offset):
+    x = tf.random.stateless_normal(shape, [1, 2], dtype=tf.float64)
+    x = tf.cast(x, dtype)
+
+    def function(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            entropy, valid = ops.batch_entropy_or_zero(x, offset=offset)
+            loss = valid * (entropy - 3) ** 2
+        return entropy, valid, loss, tape.gradient(loss, x)
+
+    entropy, valid, loss, grad = path.run(function, x)
+    enough = shape == (2, 3)
+    assert float(valid) == enough
+    assert (float(entropy) != 0) == enough
+    assert (float(loss) > 0) == enough
+    assert grad.shape == x.shape
+    assert np.isfinite(np.asarray(tf.cast(grad, tf.float64))).all()
+    assert np.any(np.asarray(tf.cast(grad, tf.float64)) != 0) == enough
+
+
+def test_unknown_shapes(native_ops, rng):
+    exact = rng.normal(size=(6, 4, 5)).astype(np.float32)
+
+    @tf.function(input_signature=[tf.TensorSpec(None)])
+    def function(x):
+        statistics = lbe_ops.unit_statistics(x, native=True)
+        assert statistics.mean.shape.rank is None
+        return lbe_ops.batch_entropy(x, native=True), tf.gradients(
+            lbe_ops.batch_entropy(x, native=True), x
+        )
+
+    for x in (exact, exact[:3, :, 0], exact[:, 0, 0]):
+        entropy, (grad,) = function(x)
+        assert_statistics(entropy, oracle.batch_entropy(x), TOLERANCES["float32"])
+        assert_grad(grad, oracle.batch_entropy_grad(x), TOLERANCES["float32"])
+
+
+def test_shape_function(native_ops):
+    shapes = {}
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 4, None))])
+    def function(x):
+        statistics = lbe_ops.unit_statistics(x, native=True)
+        entropy = lbe_ops.batch_entropy(x, native=True)
+        shapes["mean"] = statistics.mean.shape.as_list()
+        shapes["entropy"] = entropy.shape.as_list()
+        shapes["grad"] = tf.gradients(entropy, x)[0].shape.as_list()
+
+    function.get_concrete_function()
+    assert shapes == {"mean": [4, None], "entropy": [], "grad": [None, 4, None]}
+
+
+def test_in_loops_and_conditions(path, rng):
+    exact = rng.normal(size=(8, 4))
+
+    def function(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            total = tf.zeros((), x.dtype)
+            for k in tf.range(3):
+                total += lbe_ops.batch_entropy(x * tf.cast(k + 1, x.dtype))
+            if total > 0:
+                total += lbe_ops.batch_entropy(x)
+        return total, tape.gradient(total, x)
+
+    if path.mode != "eager":
+        function = tf.autograph.to_graph(function)
+    total, grad = path.run(function, exact)
+    factors = [1, 2, 3, 1]
+    expected = sum(oracle.batch_entropy(exact * k) for k in factors)
+    assert float(total) == pytest.approx(expected, rel=1e-12)
+    expected_grad = sum(k * oracle.batch_entropy_grad(exact * k) for k in factors)
+    np.testing.assert_allclose(grad, expected_grad, atol=1e-12)
+
+
+def test_every_dtype_that_the_op_admits_has_kernels(native_ops):
+    """The op's signature, the kernels and the public list of dtypes are the same."""
+    from tensorflow.python.framework import kernels, op_def_registry
+
+    for name in ("LBE>BatchEntropy", "LBE>BatchEntropyGrad"):
+        definition = op_def_registry.get(name)
+        (attribute,) = [a for a in definition.attr if a.name == "T"]
+        admitted = {tf.as_dtype(t) for t in attribute.allowed_values.list.type}
+        assert admitted == set(ops.DTYPES) == {tf.as_dtype(name) for name in DTYPES}
+        devices = {
+            kernel.device_type
+            for kernel in kernels.get_registered_kernels_for_op(name).kernel
+        }
+        assert devices == {"CPU"}
+
+
+def test_the_ops_defaults_are_the_public_defaults(native_ops):
+    x = tf.constant([[0.0, 1.0], [2.0, 1.0]])
+    defaults = native_ops.lbe_batch_entropy(x).entropy
+    assert float(defaults) == float(lbe_ops.batch_entropy(x, native=True))
+    from tensorflow.python.framework import op_def_registry
+
+    (scale,) = [
+        a for a in op_def_registry.get("LBE>BatchEntropy").attr if a.name == "scale"
+    ]
+    assert float(scale.default_value.s) == ops.SCALE
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        (([[1, 2], [3, 4]],), TypeError, "int32"),
+        ((1.0,), ValueError, "scalar"),
+        (([[1.0], [2.0]], {"ddof": 2}), ValueError, "ddof.*2"),
+        (([[1.0], [2.0]], {"ddof": 0.5}), ValueError, "ddof"),
+        (([[1.0], [2.0]], {"scale": 0.0}), ValueError, "scale"),
+        (([[1.0], [2.0]], {"scale": math.nan}), ValueError, "scale"),
+        (([[1.0], [2.0]], {"offset": -1.0}), ValueError, "offset"),
+        (([[1.0], [2.0]], {"offset": math.inf}), ValueError, "offset"),
+        (([[1.0], [2.0]], {"native": 1}), TypeError, "native"),
+    ],
+)
+def test_bad_arguments_name_what_was_received(arguments, error, words):
+    x, options = arguments if len(arguments) == 2 else (*arguments, {})
+    for function in (
+        lbe_ops.batch_entropy,
+        lbe_ops.unit_statistics,
+        ops.batch_entropy_or_zero,
+    ):
+        with pytest.raises(error, match=words):
+            function(tf.constant(x), **options)
+
+
+@pytest.mark.parametrize(
+    "attributes, words",
+    [
+        ({"scale": "a lot"}, "scale must be a finite number"),
+        ({"scale": "-1"}, "scale must be positive"),
+        ({"offset": "nan"}, "offset must be a finite number"),
+        ({"ddof": 2}, "ddof must be 0 or 1"),
+        ({"result_type": tf.float64}, "result_type"),
+    ],
+)
+def test_the_raw_op_checks_its_attributes(native_ops, attributes, words):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=words):
+        native_ops.lbe_batch_entropy(tf.zeros((2, 2)), **attributes)
+
+
+def test_the_raw_gradient_checks_its_inputs(native_ops):
+    x, unit, scalar = tf.ones((3, 2)), tf.ones(2), tf.ones(())
+    grad = native_ops.lbe_batch_entropy_grad
+    for inputs in (
+        (x, tf.ones(3), unit, scalar, []),
+        (x, unit, tf.ones((1, 2)), scalar, []),
+        (x, unit, unit, unit, []),
+        (x, unit, unit, scalar, [unit]),
+        (x, unit, unit, scalar, [unit, tf.ones(1)]),
+        (scalar, scalar, scalar, scalar, []),
+    ):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="Received|rank"):
+            grad(*inputs)
+
+
+def test_the_input_is_never_overwritten(native_ops, rng):
+    """The gradient may reuse x's buffer only where nobody else holds x."""
+    x = tf.constant(rng.normal(size=(64, 32)).astype(np.float32))
+    before = x.numpy().copy()
+
+    @tf.function
+    def function(x):
+        doubled = x * 2
+        grad = tf.gradients(lbe_ops.batch_entropy(doubled, native=True), doubled)[0]
+        return grad, doubled
+
+    grad, doubled = function(x)
+    assert_grad(grad, oracle.batch_entropy_grad(2 * before), TOLERANCES["float32"])
+    assert (doubled.numpy() == 2 * before).all()
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        entropy = lbe_ops.batch_entropy(x, native=True)
+    tape.gradient(entropy, x)
+    assert (x.numpy() == before).all()
+
+
+def test_a_required_native_op_says_why_xla_has_none():
+    require_native()
+
+    @tf.function(jit_compile=True)
+    def function(x):
+        return lbe_ops.batch_entropy(x, native=True)
+
+    with pytest.raises(lbe_ops.NativeUnavailableError, match="XLA"):
+        function(tf.ones((2, 2)))
+    assert native.select(True) is not None

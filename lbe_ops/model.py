@@ -75,7 +75,7 @@ class LBEModel(keras.Model):
     def __new__(cls, *args: Any, **kwargs: Any) -> LBEModel:
         if cls is LBEModel and (args or "inputs" in kwargs):
             cls = LBEFunctional
-        return super().__new__(cls, *args, **kwargs)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -119,6 +119,7 @@ class LBEModel(keras.Model):
             return super().__call__(*args, **kwargs)
         with recording(Record(always=_in_step.get())) as record:
             outputs = super().__call__(*args, **kwargs)
+        record.remove_zeros()
         for output in tf.nest.flatten(outputs):
             if tf.is_tensor(output):
                 # The record lives as long as the outputs that it belongs to, so it

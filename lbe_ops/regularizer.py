@@ -52,6 +52,7 @@ class Record:
         self.always = always
         self.entries: list[Entry] = []
         self._graph = _current_graph()
+        self._zeros: list[tuple[keras.layers.Layer, int]] = []
 
     def add(self, entry: Entry, layer: str) -> None:
         """Raises where the entropy could not leave the function it was made in."""
@@ -63,6 +64,17 @@ class Record:
                 "put LBE on the layer around it: with_lbe(outer_layer)."
             )
         self.entries.append(entry)
+
+    def zero(self, layer: keras.layers.Layer) -> tf.Tensor:
+        """A loss for Keras to add to those of `layer`, where there is none."""
+        self._zeros.append((layer, len(layer._losses)))
+        return tf.zeros(())
+
+    def remove_zeros(self) -> None:
+        """After the forward pass: hundreds of them cost more than the entropies."""
+        for layer, index in reversed(self._zeros):
+            # A slice: another thread in the same model may have cleared them.
+            del layer._losses[index : index + 1]
 
 
 _record: contextvars.ContextVar[Record | None] = contextvars.ContextVar(
@@ -201,11 +213,11 @@ class LBERegularizer(keras.layers.Layer):
         """The loss to add for activations `[N, ...]`; zero where a model records."""
         if in_symbolic_scope():  # Keras infers shapes only
             return tf.zeros(())
-        layer = _calling_layer()
+        layer = self._calling_layer()
         record = _record.get()
         training = _training()
         if record is not None and not (record.always or training):
-            return self._other(x)
+            return self._other(x, layer, record)
         if (record is not None or training) and pywrap_tfe.TFE_Py_TapeSetIsStopped():
             raise RuntimeError(
                 f"The LBE layer {_name(layer)} is called where gradients are not "
@@ -223,7 +235,7 @@ class LBERegularizer(keras.layers.Layer):
         )
         if record is not None:
             record.add(Entry(self, entropy, valid), _name(layer))
-            return self._other(x)
+            return self._other(x, layer, record)
         loss = lbe_losses(
             entropy,
             valid,
@@ -231,14 +243,28 @@ class LBERegularizer(keras.layers.Layer):
             self.lbe_alpha_min,
             self.lbe_beta,
         )
-        if _KERAS_DIVIDES and getattr(layer, "activity_regularizer", None) is self:
+        if _KERAS_DIVIDES and layer is not None:
             loss *= tf.cast(tf.shape(x)[0], loss.dtype)
-        return loss + tf.cast(self._other(x), loss.dtype)
-
-    def _other(self, x: Any) -> tf.Tensor:
         if self.other_activity_regularizer is None:
-            return tf.zeros(())
-        return self.other_activity_regularizer(x)
+            return loss
+        return loss + tf.cast(self.other_activity_regularizer(x), loss.dtype)
+
+    def _other(
+        self, x: Any, layer: keras.layers.Layer | None, record: Record
+    ) -> tf.Tensor:
+        if self.other_activity_regularizer is not None:
+            return self.other_activity_regularizer(x)
+        return tf.zeros(()) if layer is None else record.zero(layer)
+
+    def _calling_layer(self) -> keras.layers.Layer | None:
+        """The layer whose output is regularized, which has its name scope open.
+
+        None where the regularizer is called by other code than that of `Layer`.
+        """
+        scopes = global_state.get_global_attribute("name_scope_stack")
+        layer = scopes[-1].caller if scopes else None
+        of_layer = getattr(layer, "activity_regularizer", None) is self
+        return layer if of_layer else None
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int, ...]:
         """A scalar."""
@@ -261,6 +287,17 @@ class LBERegularizer(keras.layers.Layer):
             "trainable": self.trainable,
         }
 
+    def load_own_variables(self, store: Any) -> None:
+        """Restores alpha; a file that does not have it is an error."""
+        if not store.keys():
+            raise ValueError(
+                "The file holds no lbe_alpha of its own for this LBERegularizer. Keras "
+                "takes one regularizer shared by several layers apart when it loads a "
+                "`.keras` file: give every layer its own, or build the model in code "
+                f"and load the file with load_weights(). Received: name={self.name!r}"
+            )
+        super().load_own_variables(store)
+
 
 def _check_finite(name: str, value: float, at_least: float = -math.inf) -> None:
     if not (math.isfinite(value) and value >= at_least):
@@ -272,14 +309,8 @@ def _current_graph() -> tf.Graph | None:
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
-def _calling_layer() -> keras.layers.Layer | None:
-    """The layer whose output is being regularized: Keras has its name scope open."""
-    scopes = global_state.get_global_attribute("name_scope_stack")
-    return scopes[-1].caller if scopes else None
-
-
 def _name(layer: keras.layers.Layer | None) -> str:
-    return "outside of any layer" if layer is None else f"'{layer.path or layer.name}'"
+    return "(unknown)" if layer is None else f"'{layer.path or layer.name}'"
 
 
 def in_layer_call() -> bool:

@@ -31,6 +31,7 @@ SHAPES = [
     (20000, 9),
     (1500, 1100),
     (17000, 130),
+    (2100, 4352),  # written around the caches, in every dtype
 ]
 
 

@@ -56,9 +56,9 @@ def test_argument_wins_over_context_over_environment(no_environment, monkeypatch
 
 
 def test_bad_modes_name_what_was_received(monkeypatch):
-    with pytest.raises(TypeError, match=r"use_native\(\).*'yes'"):
-        with lbe_ops.use_native("yes"):
-            pass
+    context = lbe_ops.use_native("yes")
+    with pytest.raises(TypeError, match=r"use_native\(\).*'yes'"), context:
+        pass
     monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, "yes")
     with pytest.raises(ValueError, match="LBE_OPS_NATIVE.*'yes'"):
         lbe_ops.batch_entropy(X)

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CPU kernels without TensorFlow and Python, for sanitizers (make
+// sanitize).
+//
+// Every buffer has exactly the size that the kernels are promised, so that a
+// step outside is seen; values are compared with sums in double, and results of
+// several threads with those of one, bit for bit.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+namespace lbe {
+namespace {
+
+int failures = 0;
+
+void Check(bool ok, const char* what, DType dtype, int64_t rows, int64_t units,
+           int threads) {
+  if (ok) return;
+  ++failures;
+  std::fprintf(stderr, "FAILED: %s; dtype %d, x [%lld, %lld], %d threads\n",
+               what, static_cast<int>(dtype), static_cast<long long>(rows),
+               static_cast<long long>(units), threads);
+}
+
+void RunOnThreads(void* pool, int64_t items, void (*body)(void*, int64_t),
+                  void* argument) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t i = next++; i < items; i = next++) body(argument, i);
+  };
+  std::vector<std::thread> threads;
+  for (int t = 1; t < *static_cast<int*>(pool); ++t) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Memory of exactly `bytes` bytes, aligned to 64.
+struct Buffer {
+  explicit Buffer(size_t bytes) : size(bytes) {
+    if (posix_memalign(&data, 64, std::max<size_t>(bytes, 1)) != 0)
+      std::abort();
+    std::memset(data, 0xff, bytes);  // NaN in every dtype
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(data); }
+  bool operator==(const Buffer& other) const {
+    return size == other.size && std::memcmp(data, other.data, size) == 0;
+  }
+  void* data = nullptr;
+  size_t size;
+};
+
+// float to the nearest element and back, written for clarity.
+void Put(float value, float* x) { *x = value; }
+void Put(float value, double* x) { *x = value; }
+void Put(float value, BFloat16* x) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  x->bits = static_cast<uint16_t>(bits >> 16);
+}
+void Put(float value, Half* x) {
+  int exponent;
+  const float mantissa = std::frexp(std::fabs(value), &exponent);
+  const int bits = static_cast<int>(mantissa * 2048);  // 1024 <= bits < 2048
+  x->bits = static_cast<uint16_t>((std::signbit(value) ? 0x8000 : 0) |
+                                  ((exponent + 13) << 10 | (bits & 1023)));
+}
+double Get(const float& x) { return x; }
+double Get(const double& x) { return x; }
+double Get(const BFloat16& x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+double Get(const Half& x) {
+  const int exponent = x.bits >> 10 & 31;
+  const int mantissa = x.bits & 1023;
+  const double magnitude = exponent == 0
+                               ? std::ldexp(mantissa, -24)
+                               : std::ldexp(1024 + mantissa, exponent - 25);
+  return x.bits & 0x8000 ? -magnitude : magnitude;
+}
+
+template <typename Element, typename Result>
+void Test(DType dtype, int64_t rows, int64_t units, double grad_tolerance) {
+  const Formula formula = {8.5, 0.75, 1};
+  const double tolerance = sizeof(Result) == 8 ? 1e-12 : 1e-5;
+  Buffer x(rows * units * sizeof(Element));
+  Element* values = static_cast<Element*>(x.data);
+  std::mt19937 random(1);
+  std::uniform_real_distribution<float> uniform(0.5f, 4.f);
+  for (int64_t i = 0; i < rows * units; ++i) Put(uniform(random), values + i);
+  Buffer mean_grad(units * sizeof(Result)),
+      variance_grad(units * sizeof(Result));
+  for (int64_t u = 0; u < units; ++u) {
+    static_cast<Result*>(mean_grad.data)[u] = static_cast<Result>(u % 3);
+    static_cast<Result*>(variance_grad.data)[u] = static_cast<Result>(u % 5);
+  }
+  const Result entropy_grad = 1000;
+
+  Buffer first_mean(units * sizeof(Result)),
+      first_variance(units * sizeof(Result));
+  Buffer first_entropy(sizeof(Result)), first_dx(x.size);
+  for (int threads : {1, 2, 7}) {
+    int pool = threads;
+    const Parallel parallel = {threads, &pool, RunOnThreads};
+    Buffer mean(units * sizeof(Result)), variance(units * sizeof(Result));
+    Buffer entropy(sizeof(Result)), dx(x.size), in_place(x.size);
+    Buffer workspace(
+        BatchEntropyForwardCpuWorkspace(dtype, rows, units, threads));
+    BatchEntropyForwardCpu(parallel, dtype, x.data, rows, units, formula,
+                           workspace.data, mean.data, variance.data,
+                           entropy.data);
+    BatchEntropyGradCpu(parallel, dtype, x.data, rows, units, formula,
+                        mean.data, variance.data, &entropy_grad, mean_grad.data,
+                        variance_grad.data, dx.data);
+    std::memcpy(in_place.data, x.data, x.size);
+    BatchEntropyGradCpu(parallel, dtype, in_place.data, rows, units, formula,
+                        mean.data, variance.data, &entropy_grad, mean_grad.data,
+                        variance_grad.data, in_place.data);
+    Check(in_place == dx, "gradient in place", dtype, rows, units, threads);
+    if (threads == 1) {
+      std::memcpy(first_mean.data, mean.data, mean.size);
+      std::memcpy(first_variance.data, variance.data, variance.size);
+      std::memcpy(first_entropy.data, entropy.data, entropy.size);
+      std::memcpy(first_dx.data, dx.data, dx.size);
+    } else {
+      Check(mean == first_mean && variance == first_variance &&
+                entropy == first_entropy && dx == first_dx,
+            "same bits", dtype, rows, units, threads);
+      continue;
+    }
+    double entropy_sum = 0;
+    for (int64_t u = 0; u < units; ++u) {
+      double sum = 0, squares = 0;
+      for (int64_t n = 0; n < rows; ++n) sum += Get(values[n * units + u]);
+      const double m = sum / static_cast<double>(rows);
+      for (int64_t n = 0; n < rows; ++n) {
+        squares += std::pow(Get(values[n * units + u]) - m, 2);
+      }
+      const double v = squares / static_cast<double>(rows - 1);
+      const double inner = formula.scale * v + formula.offset;
+      entropy_sum += 0.5 * std::log(inner);
+      Check(std::fabs(static_cast<Result*>(mean.data)[u] - m) <= tolerance * m,
+            "mean", dtype, rows, units, threads);
+      Check(std::fabs(static_cast<Result*>(variance.data)[u] - v) <=
+                tolerance * (v + 1),
+            "variance", dtype, rows, units, threads);
+      const double slope =
+          1000 * formula.scale /
+              (static_cast<double>(units) * static_cast<double>(rows - 1) *
+               inner) +
+          static_cast<double>(u % 5) * 2 / static_cast<double>(rows - 1);
+      for (int64_t n = 0; n < rows; ++n) {
+        const double expected =
+            static_cast<double>(u % 3) / static_cast<double>(rows) +
+            slope * (Get(values[n * units + u]) - m);
+        const double actual =
+            Get(static_cast<Element*>(dx.data)[n * units + u]);
+        Check(std::fabs(actual - expected) <=
+                  grad_tolerance * (std::fabs(expected) + slope) + 1e-7,
+              "gradient", dtype, rows, units, threads);
+      }
+    }
+    entropy_sum /= static_cast<double>(units);
+    Check(std::fabs(*static_cast<Result*>(entropy.data) - entropy_sum) <=
+              tolerance * (std::fabs(entropy_sum) + 1),
+          "entropy", dtype, rows, units, threads);
+  }
+}
+
+int Main() {
+  const int64_t shapes[][2] = {{2, 1},      {3, 17},     {8, 16},
+                               {9, 65},     {31, 130},   {512, 128},
+                               {300, 1000}, {1100, 300}, {8200, 20},
+                               {17000, 5},  {64, 4500},  {2100, 4352}};
+  for (const auto& shape : shapes) {
+    Test<Half, float>(DType::kFloat16, shape[0], shape[1], 2e-3);
+    Test<BFloat16, float>(DType::kBFloat16, shape[0], shape[1], 1e-2);
+    Test<float, float>(DType::kFloat32, shape[0], shape[1], 1e-4);
+    Test<double, double>(DType::kFloat64, shape[0], shape[1], 1e-10);
+  }
+  std::printf(
+      "kernel_test (%s): %zu shapes, 4 dtypes, 1, 2 and 7 threads: %s\n",
+      CpuSimdLevel(), std::size(shapes), failures ? "FAILED" : "passed");
+  return failures != 0;
+}
+
+}  // namespace
+}  // namespace lbe
+
+int main() { return lbe::Main(); }

@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# TensorFlow's log holds errors only.
+export TF_CPP_MIN_LOG_LEVEL ?= 2
 EXTRAS := cpu experiments bench test dev
 
 VENV := .venv

@@ -190,7 +190,8 @@ class LBEModel(keras.Model):
         if ce.dtype != tf.float64:
             ce = tf.cast(ce, tf.float32)
         mean, maximum = _mean_and_max(entries, ce.dtype)
-        samples = tf.shape(tf.nest.flatten((x, y_pred))[0])[0]
+        batch = next(t for t in tf.nest.flatten((x, y_pred)) if t is not None)
+        samples = tf.shape(batch)[0]
         # Keras has divided the loss by the number of replicas, which then add up.
         full = ce * tf.distribute.get_strategy().num_replicas_in_sync
         for metric, value in zip(

@@ -373,18 +373,19 @@ def test_alpha_without_a_gradient_is_not_silent():
         def __init__(self):
             super().__init__()
             (self.hidden,) = hidden_layers(1)
+            self.out = keras.layers.Dense(2)
 
         @tf.function  # traced when Keras builds the model, and not again
         def inner(self, x):
             return self.hidden(x)
 
         def call(self, x):
-            return self.inner(x)
+            return self.out(self.inner(x))
 
     model = Inner()
     model.compile("sgd", "mse")
     with pytest.warns(UserWarning, match="Gradients do not exist.*lbe_alpha"):
-        model.fit(X, X[:, :4], verbose=0)
+        model.fit(X, Y, verbose=0)
 
 
 def test_lbe_needs_a_compiled_loss():

@@ -142,6 +142,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(group, "weight_decay", "of adamw")
     add(group, "global_clipnorm", "limit of all gradients' norm together; 0: none")
     add(group, "clipnorm", "limit of each gradient's norm; 0: none")
+    add(
+        group,
+        "schedule",
+        "learning rate: constant, or that for 60 %% of the epochs and then down to 0",
+        choices=settings_module.SCHEDULES,
+    )
     add(group, "reduce_lr", "reduce the learning rate when val_loss stalls")
     add(group, "reduce_lr_patience", "epochs without progress until then")
     add(group, "reduce_lr_factor", "factor of the reduction")

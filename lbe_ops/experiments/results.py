@@ -28,6 +28,7 @@ import keras
 import numpy as np
 
 from lbe_ops.experiments.errors import ExperimentError
+from lbe_ops.experiments.settings import Settings
 
 NETS = {"without_lbe": False, "with_lbe": True}
 PLOTS = ("accuracies", "crossentropy", "LBE_loss", "Max_LBE_loss", "entropy")
@@ -209,12 +210,14 @@ class RunFolder:
 def _changes(earlier: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """What differs between two configurations and decides the numbers; or ''."""
     found = []
-    for part in ("settings", "data"):
-        before, now = earlier[part], config[part]
-        for key in {**before, **now}:
-            # The path of the data may change, their checksum may not.
-            if key not in ("epochs", "data") and before.get(key) != now.get(key):
-                found.append(f"{key}: {before.get(key)} there, {now.get(key)} here")
+    # Data are known by their checksum, wherever they are.
+    before, now = (
+        {**Settings.from_mapping(c["settings"]).identity(), "data": None, **c["data"]}
+        for c in (earlier, config)
+    )
+    for key in {**before, **now}:
+        if before.get(key) != now.get(key):
+            found.append(f"{key}: {before.get(key)} there, {now.get(key)} here")
     return "; ".join(found)
 
 

@@ -18,6 +18,7 @@ from lbe_ops.experiments.errors import ExperimentError
 MODELS = ("dense", "conv")
 SCALINGS = ("unit", "symmetric")
 OPTIMIZERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("constant", "decay")
 NATIVE_MODES = {"auto": None, "require": True, "never": False}
 DTYPES = ("float32", "float64", "mixed_float16", "mixed_bfloat16")
 
@@ -52,6 +53,7 @@ class Settings:
     weight_decay: float = 4e-3
     global_clipnorm: float = 1.0
     clipnorm: float = 0.0
+    schedule: str = "decay"
     reduce_lr: bool = False
     reduce_lr_patience: int = 10
     reduce_lr_factor: float = 0.5
@@ -83,10 +85,13 @@ class Settings:
                 "--clipnorm and --global-clipnorm exclude each other; switch one off "
                 "with 0"
             )
+        if self.reduce_lr and self.schedule == "decay":
+            raise ExperimentError("--reduce-lr needs --schedule constant")
         for name, known in (
             ("scaling", SCALINGS),
             ("model", MODELS),
             ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
             ("native", tuple(NATIVE_MODES)),
             ("dtype", DTYPES),
         ):
@@ -118,18 +123,23 @@ class Settings:
         """The settings as plain values, in the order of their definition."""
         return dataclasses.asdict(self)
 
-    def default_name(self) -> str:
-        """A name for the results: a preset's, or one that only these settings have.
+    def identity(self) -> dict[str, Any]:
+        """The settings that must stay the same when a run continues.
 
-        The number of epochs does not count, so that a run can be prolonged.
+        Data sets may move, and a run may be prolonged unless the learning rate
+        depends on where it ends.
         """
+        values = {**self.as_dict(), "data": stem(self.data)}
+        if self.schedule == "constant":
+            del values["epochs"]
+        return values
+
+    def default_name(self) -> str:
+        """A name for the results: a preset's, or one that only these settings have."""
         for preset, values in PRESETS.items():
-            same_data = {"data": self.data, "epochs": self.epochs}
-            if self == Settings(**{**values, **same_data}) and (
-                stem(self.data) == stem(values.get("data", Settings.data))
-            ):
+            if self.identity() == Settings(**values).identity():
                 return preset
-        text = json.dumps({**self.as_dict(), "epochs": None}, sort_keys=True)
+        text = json.dumps(self.identity(), sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:6]
         size = f"{self.model}-{self.depth}x{self.width}"
         return f"{stem(self.data)}-{size}-{digest}"
@@ -152,6 +162,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lbe_input": True,
         "learning_rate": 1e-4,
         "beta_1": 0.95,
+        "schedule": "constant",
         "reduce_lr": True,
         "batch_size": 512,
         "epochs": 50,

@@ -56,6 +56,10 @@ def train(
     callback = _FirstStep(say)
     for epoch in range(first, settings.epochs):
         started = time.perf_counter()
+        if settings.schedule == "decay":
+            net.optimizer.learning_rate = settings.learning_rate * _decay(
+                epoch / settings.epochs
+            )
         order = np.random.default_rng((settings.seed, epoch)).permutation(
             len(data.x_train)
         )
@@ -81,6 +85,11 @@ def train(
         say(_line(progress, settings.epochs))
     folder.write_history(progress.rows)
     folder.finish(net, before, nets.entropies(net, sample))
+
+
+def _decay(progress: float) -> float:
+    """Factor of the learning rate: 1 for 60 % of the epochs, then linearly to 0."""
+    return min(1.0, (1 - progress) / 0.4)
 
 
 class _FirstStep(keras.callbacks.Callback):

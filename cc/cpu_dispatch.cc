@@ -4,6 +4,7 @@
 // runs them on the caller's threads. How it is cut never changes a result.
 
 #include <immintrin.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -70,6 +71,19 @@ class FloatingPointMode {
   static constexpr unsigned kDenormalsAreZero = 0x0040;
   const unsigned saved_;
 };
+
+// Asks for huge pages where a large result is about to be written, as a rule
+// for the first time: the system then clears 2 MB a fault instead of 4 KB.
+// Advice only; nothing is lost where it is not taken.
+void AdviseHugePages(void* data, int64_t bytes) {
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (first + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (first + bytes) / kHugePage * kHugePage;
+  if (begin < end) {
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+}
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -224,6 +238,7 @@ void BatchEntropyGradCpu(const Parallel& parallel, DType dtype, const void* x,
   const int64_t bytes = rows * pitch;
   const bool stream = dx != x && bytes > kStreamBytes && pitch % 64 == 0 &&
                       reinterpret_cast<uintptr_t>(dx) % 64 == 0;
+  if (stream) AdviseHugePages(dx, bytes);
   const int64_t tiles = CeilDiv(units, kGradientTile);
   // The slopes are made anew for each item, at the price of a few rows.
   const int64_t wanted = parallel.threads * kPartsPerThread;

@@ -461,7 +461,7 @@ def test_saving_the_model(kind, tmp_path):
     for old, new in zip(model.weights, loaded.weights, strict=True):
         np.testing.assert_array_equal(old, new)
     assert float(loaded.lbe_regularizers[0].lbe_alpha.value) != 0.75
-    assert loaded.test_on_batch(X, Y) == model.test_on_batch(X, Y)
+    assert loaded.evaluate(X, Y, verbose=0) == model.evaluate(X, Y, verbose=0)
     for each in (model, loaded):  # the same state of the optimizer
         each.train_on_batch(X, Y)
     for old, new in zip(model.weights, loaded.weights, strict=True):

@@ -361,7 +361,7 @@ def test_weights_are_the_trained_ones(run, npz, tmp_path):
     assert [float(row["after"]) for row in rows] == after
 
 
-def test_finished_run_is_kept(run, tmp_path):
+def test_finished_run_is_kept(run, tmp_path, monkeypatch):
     run("--lbe")
     before = checkpoint(tmp_path / "run", "with_lbe")
     modified = (tmp_path / "run/with_lbe/checkpoint.npz").stat().st_mtime_ns
@@ -374,6 +374,13 @@ def test_finished_run_is_kept(run, tmp_path):
     assert "lbe_alpha: 3.0 there, 2.0 here; seed: 1 there, 5 here" in error
     status, _, error = run("--epochs", 2)
     assert status == 2 and "holds 3 epochs already" in error
+
+    environment = {**command._environment("another op"), "keras": "3.0"}
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_environment", lambda op: environment)
+        status, output, _ = run("--lbe")
+    assert status == 0 and "note: the run began elsewhere" in output
+    assert f"keras: {keras.__version__} there, 3.0 here" in output
 
     status, output, _ = run("--no-lbe")
     assert status == 0 and "with LBE: epoch" not in output
@@ -454,6 +461,10 @@ def test_prolonged_run_is_that_of_more_epochs(run, tmp_path, npz):
 def test_resume_checks_what_it_finds(run, tmp_path, npz, capsys):
     assert command.main(["--resume", str(tmp_path)]) == 2
     assert "holds no run to resume" in capsys.readouterr().err
+    for content in ("{}", "[", "1"):
+        (tmp_path / "config.json").write_text(content)
+        assert command.main(["--resume", str(tmp_path)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
     run("--no-lbe", "--epochs", 1)
     folder = tmp_path / "run"
     assert command.main(["--resume", str(folder), "--width", "9"]) == 2

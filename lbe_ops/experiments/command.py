@@ -211,7 +211,9 @@ def _run(arguments: argparse.Namespace) -> None:
         }
         if given["overwrite"]:
             folder.clear()
-        folder.open(config)
+        changed = folder.open(config)
+        if changed:
+            print(f"note: the run began elsewhere, last bits may differ ({changed})")
         print(
             f"{stem(settings.data)}: {len(data.x_train)} training and "
             f"{len(data.x_test)} validation samples, {data.classes} classes; "

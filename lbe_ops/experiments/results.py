@@ -165,16 +165,27 @@ class RunFolder:
     def config(self) -> dict[str, Any] | None:
         """What `open` wrote, or None."""
         path = self.path / "config.json"
-        return _read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        config = _read_json(path)
+        parts = {"settings", "data", "nets", "environment"}
+        if not (isinstance(config, dict) and parts <= config.keys()):
+            raise ExperimentError(f"{path} is not that of a run; choose another folder")
+        return config
 
-    def open(self, config: dict[str, Any]) -> None:
+    def open(self, config: dict[str, Any]) -> str:
         """Makes the folder, or checks that it holds a run of this configuration.
+
+        Returns:
+            What has changed in the environment since; empty where nothing has.
 
         Raises:
             ExperimentError: it holds something else.
         """
         earlier = self.config()
+        environment = ""
         if earlier is not None:
+            environment = _differences(earlier["environment"], config["environment"])
             changed = _changes(earlier, config)
             if changed:
                 raise ExperimentError(
@@ -198,6 +209,7 @@ class RunFolder:
             raise ExperimentError(
                 f"{self.path} cannot be written: {error.strerror}"
             ) from error
+        return environment
 
     def clear(self) -> None:
         """Removes what a run wrote, and nothing else."""
@@ -209,16 +221,21 @@ class RunFolder:
 
 def _changes(earlier: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """What differs between two configurations and decides the numbers; or ''."""
-    found = []
     # Data are known by their checksum, wherever they are.
-    before, now = (
-        {**Settings.from_mapping(c["settings"]).identity(), "data": None, **c["data"]}
-        for c in (earlier, config)
+    return _differences(
+        *(
+            {**Settings.from_mapping(c["settings"]).identity(), "data": 0, **c["data"]}
+            for c in (earlier, config)
+        )
     )
-    for key in {**before, **now}:
-        if before.get(key) != now.get(key):
-            found.append(f"{key}: {before.get(key)} there, {now.get(key)} here")
-    return "; ".join(found)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return "; ".join(
+        f"{key}: {before.get(key)} there, {now.get(key)} here"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+    )
 
 
 def _variables(net: keras.Model) -> list[keras.Variable]:

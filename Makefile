@@ -28,8 +28,9 @@ demo: $(PACKAGE) ## train 200 layers with and without LBE, plots and a short ben
 	$(BIN)/lbe-ops train
 	$(BIN)/python benchmarks/bench_op.py --quick --output results/demo/benchmark
 
+# In tests/, where `import lbe_ops` cannot mean the source folder.
 test: $(PACKAGE) ## all tests, on the installed wheel
-	LBE_REQUIRE_NATIVE=1 LBE_TEST_INSTALLED=1 $(BIN)/pytest $(PYTEST_ARGS)
+	cd tests && LBE_REQUIRE_NATIVE=1 LBE_TEST_INSTALLED=1 ../$(BIN)/pytest $(PYTEST_ARGS)
 
 build: $(PACKAGE) ## build the wheel into dist/ and install it into .venv
 

@@ -171,13 +171,20 @@ def add_lbe(
         )
     for layer in select_layers(model, layers):
         with_lbe(layer, **arguments)
-    return LBEModel(
-        model.input, model.output, LBE_strength=LBE_strength, name=model.name
-    )
+    if isinstance(model, keras.Sequential):  # has lists only
+        (inputs,), (outputs,) = model.inputs, model.outputs
+    else:
+        inputs, outputs = model.input, model.output
+    return LBEModel(inputs, outputs, LBE_strength=LBE_strength, name=model.name)
 
 
 def select_layers(model: keras.Model, layers: Selection) -> list[keras.layers.Layer]:
-    candidates = model._flatten_layers(include_self=False)
+    """The layers of a model that match, nested ones included; see `add_lbe`."""
+    candidates = [
+        layer
+        for layer in model._flatten_layers(include_self=False)
+        if not isinstance(layer, (keras.layers.InputLayer, LBERegularizer))
+    ]
     if isinstance(layers, str):
         layers = [layers]
     if isinstance(layers, type) or (

@@ -141,6 +141,16 @@ def test_add_lbe_to_chosen_layers(selection, expected):
         assert float(regularizer.lbe_alpha.value) != 2.0
 
 
+def test_add_lbe_to_a_sequential_model():
+    plain = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)])
+    model = add_lbe(add_lbe(plain), lambda layer: True)
+    assert len(model.lbe_regularizers) == 1
+    assert model.output.shape == plain.output_shape
+    model.compile("sgd", "mse")
+    logs = model.train_on_batch(samples(8, 5), samples(8, 2), return_dict=True)
+    assert logs["lbe"] > 0
+
+
 def test_add_lbe_to_every_convolution_of_resnet50():
     resnet = keras.applications.ResNet50(weights=None, input_shape=(32, 32, 3))
     convolutions = [

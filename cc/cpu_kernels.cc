@@ -181,9 +181,11 @@ struct Loops {
   static constexpr int kChunkRows = 2 * kLeafRows;
   static constexpr int kLevels = 10;
   static_assert(kChunkRows << (kLevels - 1) == kPartRows, "levels of the tree");
-  // How far ahead of the loads rows are fetched: the processor's own prefetcher
-  // loses its 16 streams at every page.
-  static constexpr int64_t kAhead = 1024 / sizeof(Element);
+  // While one segment of a chunk's rows is worked on, the next one is fetched,
+  // row by row: memory is read in longer runs than by 16 rows in turn, of which
+  // the processor's own prefetcher loses track at every page.
+  static constexpr int64_t kSegmentBytes = 1024;
+  static constexpr int64_t kSegment = kSegmentBytes / sizeof(Element);
 
   // `columns` < kLanes elements; the other lanes are 0.
   static Line LoadPart(const Element* x, int64_t columns) {
@@ -232,6 +234,22 @@ struct Loops {
     return Merge(Leaf(load, x, stride, kLeafRows),
                  Leaf(load, x + kLeafRows * stride, stride, rows - kLeafRows),
                  WeightsOf<Scalar>(kLeafRows, rows - kLeafRows));
+  }
+
+  // The share of column c in fetching the segment after that of c.
+  LBE_MATH void Prefetch(const Element* x, int64_t units, int64_t c,
+                         int64_t columns) {
+    constexpr int64_t kSteps = kSegment / kLanes;
+    constexpr int64_t kLines = kSegmentBytes / kLineBytes;
+    constexpr int64_t kShare = kChunkRows * kLines / kSteps;
+    const int64_t next = (c / kSegment + 1) * kSegment;
+    const Element* from = next < columns ? x + next : x + kChunkRows * units;
+    const int64_t first = c / kLanes % kSteps * kShare;
+    const auto* row =
+        reinterpret_cast<const char*>(from + first / kLines * units);
+    for (int64_t line = 0; line < kShare; ++line) {
+      _mm_prefetch(row + (first % kLines + line) * kLineBytes, _MM_HINT_T0);
+    }
   }
 
   // The tree, leaf by leaf, as a binary counter: level l of `stack` holds the
@@ -286,12 +304,7 @@ struct Loops {
       int64_t c = 0;
       if (chunk_rows == kChunkRows) {
         for (; c + kLanes <= columns; c += kLanes) {
-          const int64_t ahead = c + kAhead;
-          const Element* next = ahead < columns
-                                    ? x + ahead
-                                    : x + kChunkRows * units + ahead - columns;
-          for (int r = 0; r < kChunkRows; ++r)
-            _mm_prefetch(next + r * units, _MM_HINT_T0);
+          if (columns >= kSegment) Prefetch(x, units, c, columns);
           merge_up(ChunkLine(load, x + c, units, kChunkRows), c / kLanes);
         }
       }

@@ -83,7 +83,7 @@ class BatchEntropyLogger(keras.callbacks.Callback):
         self._csv = csv
         self._tensorboard = tensorboard
         self._plot = plot
-        self._formula = {"ddof": ddof, "scale": scale, "offset": offset}
+        self._formula = ops.check_formula(ddof, scale, offset)
         self._probe: Callable[[Any], tf.Tensor] | None = None
         self._writer: tf.summary.SummaryWriter | None = None
 

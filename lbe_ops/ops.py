@@ -141,6 +141,23 @@ def unit_statistics(
     )
 
 
+def check_formula(ddof: int, scale: float, offset: float) -> dict[str, Any]:
+    """The parameters of the entropy as plain numbers.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+    if ddof not in (0, 1):
+        raise ValueError(
+            f"ddof must be 0 (divide by N) or 1 (divide by N - 1). Received: {ddof!r}"
+        )
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be positive and finite. Received: {scale!r}")
+    if not (math.isfinite(offset) and offset >= 0):
+        raise ValueError(f"offset must be finite and >= 0. Received: {offset!r}")
+    return {"ddof": int(ddof), "scale": float(scale), "offset": float(offset)}
+
+
 def _check(
     x: Any, ddof: int, scale: float, offset: float
 ) -> tuple[tf.Tensor, dict[str, Any]]:
@@ -154,15 +171,7 @@ def _check(
         raise ValueError(
             "batch_entropy takes activations of shape [batch, ...]. Received: a scalar"
         )
-    if ddof not in (0, 1):
-        raise ValueError(
-            f"ddof must be 0 (divide by N) or 1 (divide by N - 1). Received: {ddof!r}"
-        )
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale must be positive and finite. Received: {scale!r}")
-    if not (math.isfinite(offset) and offset >= 0):
-        raise ValueError(f"offset must be finite and >= 0. Received: {offset!r}")
-    return x, {"ddof": int(ddof), "scale": float(scale), "offset": float(offset)}
+    return x, check_formula(ddof, scale, offset)
 
 
 def _call(ops: Any, x: tf.Tensor, formula: dict[str, Any], **attributes: Any) -> Any:

@@ -123,8 +123,9 @@ class LBERegularizer(keras.layers.Layer):
 
     A batch of fewer than two samples adds neither loss nor gradient. The result is
     float32 (float64 for float64) under every dtype policy. In a plain Keras model
-    that runs for inference, only plain TensorFlow ops are used (unless
-    `native=True`), so that an exported model does not need this package.
+    whose graph is not made for training (neither `training=True` nor a gradient
+    tape), only plain TensorFlow ops are used (unless `native=True`), so that an
+    exported model does not need this package.
 
     Args:
         lbe_alpha: initial value of the entropy to reach, in nats; trainable.
@@ -182,9 +183,7 @@ class LBERegularizer(keras.layers.Layer):
         self.lbe_alpha_min = float(lbe_alpha_min)
         self.lbe_beta = float(lbe_beta)
         self.other_activity_regularizer = other
-        self.ddof = ddof
-        self.scale = scale
-        self.offset = offset
+        self.formula = ops.check_formula(ddof, scale, offset)
         self.native = native
         # Made here and not in build(): a Functional model lists its variables before
         # its first call. autocast=False: float32 in mixed precision too.
@@ -227,12 +226,11 @@ class LBERegularizer(keras.layers.Layer):
                 "with_lbe(block)."
             )
         native = self.native
-        if record is None and not training and not tf.executing_eagerly():
+        recorded = training or not pywrap_tfe.TFE_Py_TapeSetIsEmpty()
+        if record is None and not recorded and not tf.executing_eagerly():
             # This graph may be exported and served without the native library.
             native = native or False
-        entropy, valid = ops.batch_entropy_or_zero(
-            x, ddof=self.ddof, scale=self.scale, offset=self.offset, native=native
-        )
+        entropy, valid = ops.batch_entropy_or_zero(x, **self.formula, native=native)
         if record is not None:
             record.add(Entry(self, entropy, valid), _name(layer))
             return self._other(x, layer, record)
@@ -279,9 +277,7 @@ class LBERegularizer(keras.layers.Layer):
             "other_activity_regularizer": keras.regularizers.serialize(
                 self.other_activity_regularizer
             ),
-            "ddof": self.ddof,
-            "scale": self.scale,
-            "offset": self.offset,
+            **self.formula,
             "native": self.native,
             "name": self.name,
             "trainable": self.trainable,

@@ -406,9 +406,23 @@ def test_inference_graphs_of_a_plain_model_have_no_native_op():
     x = tf.constant(samples(8, 5))
     assert lbe_operations(tf.function(lambda: model(x))) == []
     assert lbe_operations(tf.function(lambda: model(x, training=False))) == []
-    training = lbe_operations(tf.function(lambda: model(x, training=True)))
+
+    def under_a_tape():  # as `fit` calls models without a `training` argument
+        with tf.GradientTape():
+            model(x)
+
     native = lbe_ops.native.load().ops is not None
-    assert training == (["LBE>BatchEntropy"] if native else [])
+    for training in (lambda: model(x, training=True), under_a_tape):
+        operations = lbe_operations(tf.function(training, autograph=False))
+        assert operations == (["LBE>BatchEntropy"] if native else [])
+
+
+@pytest.mark.parametrize(
+    "argument", [{"ddof": 2}, {"scale": 0.0}, {"offset": -1.0}], ids=str
+)
+def test_a_bad_formula_is_refused_at_once(argument):
+    with pytest.raises(ValueError, match="Received"):
+        LBERegularizer(**argument)
 
 
 def test_required_native_op_is_required_in_inference_too():

@@ -17,7 +17,7 @@ namespace lbe {
 namespace {
 
 // Below this many bytes waking another thread costs more than it saves.
-constexpr int64_t kSerialBytes = 256 << 10;
+constexpr int64_t kSerialBytes = 1 << 20;
 // Parts a thread, so that a thread that is late does not hold up the others.
 constexpr int64_t kPartsPerThread = 4;
 // Pieces smaller than these are not worth a part of their own.

@@ -427,6 +427,20 @@ RESUMED = {
 }
 
 
+def test_float16_trains_with_loss_scaling():
+    settings = Settings(depth=2, width=4, dtype="mixed_float16", learning_rate=0.01)
+    net = nets.build(settings, (6, 6, 1), 3, lbe=True)
+    optimizer = net.optimizer
+    assert isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    assert optimizer.inner_optimizer.global_clipnorm == settings.global_clipnorm
+    assert float(optimizer.learning_rate) == pytest.approx(0.01)
+    # What a resumed run needs of it is among the saved variables.
+    names = [variable.name for variable in optimizer.variables]
+    assert {"dynamic_scale", "step_counter"} < {*names}
+    plain = nets.build(Settings(depth=2, width=4), (6, 6, 1), 3, lbe=True)
+    assert type(plain.optimizer) is keras.optimizers.Adam
+
+
 @pytest.mark.parametrize("case", RESUMED)
 def test_interrupted_run_ends_with_the_same_numbers(run, tmp_path, monkeypatch, case):
     arguments = [*RESUMED[case].split(), "--epochs", 4]
@@ -447,6 +461,10 @@ def test_interrupted_run_ends_with_the_same_numbers(run, tmp_path, monkeypatch, 
     if case == "decay":
         rates = [row["learning_rate"] for row in history(whole, net)]
         assert rates == pytest.approx([0.01, 0.01, 0.01, 0.01 * 0.25 / 0.4])
+    if case == "float16":
+        # No other scalar is that large: the scale of the loss is saved as well.
+        saved = [v for v in checkpoint(whole, net).values() if v.shape == ()]
+        assert any(v >= 2.0**8 for v in saved)
 
 
 def test_prolonged_run_is_that_of_more_epochs(run, tmp_path, npz):

@@ -118,6 +118,14 @@ def _initializer(name: str, seed: int) -> keras.initializers.Initializer:
 
 
 def _optimizer(settings: Settings) -> keras.optimizers.Optimizer:
+    optimizer = _plain_optimizer(settings)
+    if settings.dtype == "mixed_float16":
+        # Keras itself does it only where the policy is that of the model as well.
+        return keras.optimizers.LossScaleOptimizer(optimizer)
+    return optimizer
+
+
+def _plain_optimizer(settings: Settings) -> keras.optimizers.Optimizer:
     arguments = {
         "learning_rate": settings.learning_rate,
         "global_clipnorm": settings.global_clipnorm or None,

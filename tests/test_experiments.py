@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -208,12 +209,24 @@ def test_presets_and_overriding():
         ("--data other.npz", "other.npz cannot be read: No such file"),
         ("--schedule decay --reduce-lr", "--reduce-lr needs --schedule constant"),
         ("--resume somewhere", "--resume and --output exclude each other"),
+        ("--initializer stft", "--initializer stft with --activation relu makes no"),
+        ("--initializer constant", "--initializer must be one that Keras knows"),
+        ("--model conv --initializer identity", "--initializer identity with"),
+        ("--activation glu", "--initializer glorot_uniform with --activation glu"),
     ],
 )
 def test_bad_arguments_end_in_one_line(run, arguments, message):
     status, _, error = run(*arguments.split())
     assert status == 2
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+def test_bad_environment_variable_ends_in_one_line(run, monkeypatch):
+    monkeypatch.setenv("LBE_OPS_NATIVE", "yes")
+    status, _, error = run()
+    assert status == 2
+    assert error.startswith("error: LBE_OPS_NATIVE must be 1")
+    assert error.count("\n") == 1
 
 
 def test_unknown_choice_is_refused(run):
@@ -495,10 +508,72 @@ def test_resume_checks_what_it_finds(run, tmp_path, npz, capsys):
     assert command.main([*resume, other]) == 2
     assert "crc32" in capsys.readouterr().err
     saved = folder / "without_lbe" / "checkpoint.npz"
-    saved.write_bytes(saved.read_bytes()[:-100])
     resume = ["--resume", str(folder), "--epochs", "3", "--data", str(npz)]
-    assert command.main(resume) == 2
-    assert "checkpoint.npz is damaged" in capsys.readouterr().err
+    content = saved.read_bytes()
+    for damaged in (content[:-100], content[: len(content) // 2], content[:4], b""):
+        saved.write_bytes(damaged)
+        assert command.main(resume) == 2
+        error = capsys.readouterr().err
+        assert "checkpoint.npz is damaged" in error and error.count("\n") == 1
+
+
+def test_foreign_folder_is_left_alone(run, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "with_lbe").mkdir(parents=True)
+    (folder / "with_lbe" / "checkpoint.npz").write_text("not ours")
+    for config in (None, '{"settings": 1}'):
+        if config:
+            (folder / "config.json").write_text(config)
+        before = {p: p.is_file() and p.read_text() for p in folder.rglob("*")}
+        for arguments in ([], ["--overwrite"]):
+            status, _, error = run(*arguments)
+            assert status == 2 and error.count("\n") == 1
+            assert "choose another" in error
+            after = {p: p.is_file() and p.read_text() for p in folder.rglob("*")}
+            assert after == before
+    (tmp_path / "file").touch()
+    status, _, error = run("--output", tmp_path / "file")
+    assert status == 2 and error.count("\n") == 1
+
+
+def test_overwriting_removes_only_what_a_run_wrote(run, tmp_path):
+    folder = tmp_path / "run"
+    assert run("--epochs", 1)[0] == 0
+    foreign = [folder / "notes.txt", folder / "without_lbe" / "notes.txt"]
+    for path in foreign:
+        path.touch()
+    (folder / "with_lbe" / ".tmp-checkpoint.npz").touch()
+    before = set(folder.rglob("*"))
+    # Results give way only to a net that can be built.
+    assert run("--overwrite", "--initializer", "stft")[0] == 2
+    assert set(folder.rglob("*")) == before
+    results.RunFolder(folder).clear()
+    assert {path for path in folder.rglob("*") if path.is_file()} == {*foreign}
+    assert not (folder / "with_lbe").exists()
+
+
+def test_nets_of_more_epochs_are_not_compared_with_fewer(run):
+    assert run("--lbe", "--epochs", 2)[0] == 0
+    status, _, error = run("--epochs", 1)
+    assert status == 2 and "holds 2 epochs already" in error
+    assert run("--no-lbe", "--epochs", 2)[0] == 0
+
+
+def test_diverged_net_is_recorded(run, tmp_path):
+    arguments = ["--no-lbe", "--learning-rate", 1e30, "--global-clipnorm", 0]
+    assert run(*arguments, "--epochs", 2, draw=True)[0] == 0
+    folder = tmp_path / "run"
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    for path in folder.rglob("*.json"):
+        json.loads(path.read_text(), parse_constant=refuse)
+    rows = results.RunFolder(folder).net("without_lbe").history()
+    assert np.isnan(rows[-1]["loss"])
+    status, output, _ = run(*arguments, "--epochs", 3)
+    assert status == 0 and "resuming after epoch 2" in output
+    assert len(history(folder, "without_lbe")) == 3
 
 
 def test_killed_run_ends_with_the_same_numbers(run, tmp_path, npz):
@@ -531,6 +606,18 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path):
         1 / 0  # noqa: B018
     assert json.loads(path.read_text()) == [1]
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_file_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    calls = []
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("fsync"))
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: calls.append("replace") or replace(a, b)
+    )
+    results.write_json(tmp_path / "x.json", [float("nan"), {"a": (1.5, -np.inf)}])
+    assert calls == ["fsync", "replace"]
+    assert json.loads((tmp_path / "x.json").read_text()) == [None, {"a": [1.5, None]}]
 
 
 def test_last_batch_of_one_sample_trains(run, tmp_path):

@@ -33,7 +33,11 @@ preset `demo`, about two minutes on two cores.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `run` to a parser."""
+    """Adds the arguments of `run` to a parser.
+
+    Args:
+        parser: gets the arguments, a description and a usage line.
+    """
     parser.description = DESCRIPTION
     parser.usage = "%(prog)s [options]"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -159,10 +163,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns its exit status.
+    """Runs the command.
 
-    0: done; 2: a bad argument, unreadable data or a conflicting result, told in one
-    line; 130: interrupted.
+    Args:
+        arguments: what a parser with `add_arguments` made.
+
+    Returns:
+        The exit status. 0: done; 2: a bad argument, unreadable data or a conflicting
+        result, told in one line; 130: interrupted.
     """
     try:
         _run(arguments)
@@ -192,6 +200,7 @@ def _run(arguments: argparse.Namespace) -> None:
     _check_installed(settings)
     # Imported here, since they need what was just checked.
     from lbe_ops.experiments import data as data_module
+    from lbe_ops.experiments import nets as nets_module
     from lbe_ops.experiments import plots
     from lbe_ops.experiments.train import train
 
@@ -201,7 +210,11 @@ def _run(arguments: argparse.Namespace) -> None:
     data = data_module.load(settings.data, settings.scaling)
     native = settings_module.NATIVE_MODES[settings.native]
     with lbe_ops.use_native(native):
-        op = "native" if lbe_ops.native.select() else "plain TensorFlow"
+        try:
+            op = "native" if lbe_ops.native.select() else "plain TensorFlow"
+        except ValueError as error:  # of the environment variable
+            raise ExperimentError(str(error)) from error
+        nets_module.check(settings, data.x_train[:2], data.classes)
         config = {
             "settings": settings.as_dict(),
             "data": data.describe(),

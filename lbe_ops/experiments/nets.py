@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import keras
 import numpy as np
+import tensorflow as tf
 
 import lbe_ops
 from lbe_ops.experiments.errors import ExperimentError
@@ -31,6 +34,7 @@ def build(
 
     Raises:
         ExperimentError: a convolutional net for samples that are no images.
+        Exception: that of Keras, for names that do not fit; `check` finds them.
     """
     if settings.model == "conv" and len(shape) != 3:
         raise ExperimentError(
@@ -72,8 +76,45 @@ def build(
     return net
 
 
+def check(settings: Settings, x: np.ndarray, classes: int) -> None:
+    """Fails where such a net cannot be built, by building and calling a short one.
+
+    Args:
+        settings: of the net.
+        x: a few samples.
+        classes: the number of logits.
+
+    Raises:
+        ExperimentError: the initializer or the activation do not fit.
+    """
+    short = dataclasses.replace(settings, depth=min(settings.depth, 2))
+    try:
+        entropies(build(short, x.shape[1:], classes, lbe=False), x)
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        NotImplementedError,
+        tf.errors.InvalidArgumentError,
+    ) as error:
+        reason = [*str(error).splitlines(), ""][0]
+        raise ExperimentError(
+            f"--initializer {settings.initializer} with --activation "
+            f"{settings.activation} makes no {settings.model} net: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+
+
 def entropies(net: keras.Model, x: np.ndarray) -> list[float]:
-    """The batch entropy of each hidden layer on one batch, from first to last."""
+    """The batch entropy of each hidden layer on one batch, from first to last.
+
+    Args:
+        net: what `build` made.
+        x: a batch of samples.
+
+    Returns:
+        A value for each hidden layer.
+    """
     found = []
     for layer in net.layers[1:]:
         # Not layer(x), which would add its activity regularizer to the losses.

@@ -18,7 +18,15 @@ CURVES = {
 
 
 def draw(folder: RunFolder, chance: float) -> None:
-    """Draws what the folder holds, training and validation on the same axes."""
+    """Draws what the folder holds, training and validation on the same axes.
+
+    Args:
+        folder: the run; the plots go there.
+        chance: the accuracy by chance, for a line to compare with.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
     histories = {net: folder.net(net).history() for net in NETS}
     for name, (key, title, label) in CURVES.items():
         figure = Figure(figsize=(6, 4), layout="constrained")
@@ -36,6 +44,8 @@ def draw(folder: RunFolder, chance: float) -> None:
         if key == "accuracy":
             axes.axhline(chance, color="grey", linewidth=0.8, linestyle=":")
             axes.set_ylim(0, 1)
+        if key in ("lbe", "max_lbe"):
+            axes.set_yscale("log")
         if axes.lines:
             _save(folder, name, axes, title, "epoch", label)
     _draw_entropies(folder)

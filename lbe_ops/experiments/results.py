@@ -17,10 +17,9 @@ import contextlib
 import csv
 import dataclasses
 import json
+import math
 import os
 import pathlib
-import shutil
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,28 +31,65 @@ from lbe_ops.experiments.settings import Settings
 
 NETS = {"without_lbe": False, "with_lbe": True}
 PLOTS = ("accuracies", "crossentropy", "LBE_loss", "Max_LBE_loss", "entropy")
+NET_FILES = (
+    "checkpoint.npz",
+    "history.csv",
+    "history.json",
+    "entropy.csv",
+    "model.weights.h5",
+)
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary path, which takes the place of `path` when the block succeeds."""
+    """A temporary path, which takes the place of `path` when the block succeeds.
+
+    Args:
+        path: the file to write; its folder is made if need be.
+
+    Returns:
+        A context manager for the path to write to.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         yield temporary
+        # On the disk before the name is: a crash must not leave an empty file.
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a value as indented JSON."""
+    """Writes a value as indented JSON, with null for what JSON has no number for.
+
+    Args:
+        path: the file to write.
+        value: nested mappings, sequences and plain values.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    text = json.dumps(_finite(value), indent=2, allow_nan=False)
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(text + "\n")
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows with the same keys as CSV."""
+    """Writes rows with the same keys as CSV.
+
+    Args:
+        path: the file to write.
+        rows: at least one; the keys of the first are the header.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
@@ -90,22 +126,59 @@ class NetFolder:
         return self.path / "model.weights.h5"
 
     def history(self) -> list[dict[str, float]]:
-        """The rows written so far."""
+        """The rows written so far.
+
+        Returns:
+            A mapping for each epoch, NaN standing for what was not finite; empty
+            where the net was not trained.
+
+        Raises:
+            ExperimentError: the file cannot be read.
+        """
         path = self.path / "history.json"
-        return _read_json(path) if path.exists() else []
+        rows = _read_json(path) if path.exists() else []
+        return [
+            {key: math.nan if value is None else value for key, value in row.items()}
+            for row in rows
+        ]
 
     def finished(self, epochs: int) -> bool:
-        """Whether this net was trained for so many epochs and is complete."""
+        """Whether this net was trained for so many epochs and is complete.
+
+        Args:
+            epochs: the epochs it is to be trained for.
+
+        Returns:
+            True where nothing is left to do.
+
+        Raises:
+            ExperimentError: the history cannot be read.
+        """
         return self.weights.exists() and len(self.history()) >= epochs
 
     def entropies(self) -> dict[str, list[float]]:
-        """Batch entropy over depth, before and after training."""
+        """Batch entropy over depth, before and after training.
+
+        Returns:
+            `before` and `after`: a value for each hidden layer.
+
+        Raises:
+            OSError: the net is not finished.
+        """
         with (self.path / "entropy.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         return {key: [float(row[key]) for row in rows] for key in ("before", "after")}
 
     def save(self, net: keras.Model, progress: Progress) -> None:
-        """Saves everything that the next epoch depends on, then the history."""
+        """Saves everything that the next epoch depends on, then the history.
+
+        Args:
+            net: the net after an epoch.
+            progress: what it has behind it, that epoch included.
+
+        Raises:
+            OSError: the files cannot be written.
+        """
         self.weights.unlink(missing_ok=True)
         variables = _variables(net)
         with replacing(self.checkpoint) as temporary:
@@ -117,7 +190,17 @@ class NetFolder:
         self.write_history(progress.rows)
 
     def restore(self, net: keras.Model) -> Progress:
-        """Puts a net where `save` left it; a fresh start where it did not run."""
+        """Puts a net where `save` left it; a fresh start where it did not run.
+
+        Args:
+            net: a net made of the same settings; its variables are overwritten.
+
+        Returns:
+            What it has behind it.
+
+        Raises:
+            ExperimentError: the checkpoint is damaged or that of another net.
+        """
         if not self.checkpoint.exists():
             return Progress()
         try:
@@ -126,7 +209,7 @@ class NetFolder:
                 progress = Progress(**json.loads(str(saved["progress"])))
             for variable, value in zip(_variables(net), values, strict=True):
                 variable.assign(value)
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except Exception as error:  # an archive can be damaged in many ways
             raise ExperimentError(
                 f"{self.checkpoint} is damaged or of another version; train anew with "
                 "--overwrite"
@@ -134,14 +217,30 @@ class NetFolder:
         return progress
 
     def write_history(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Writes the history for readers."""
+        """Writes the history for readers.
+
+        Args:
+            rows: a mapping for each epoch, at least one.
+
+        Raises:
+            OSError: the files cannot be written.
+        """
         write_csv(self.path / "history.csv", rows)
         write_json(self.path / "history.json", rows)
 
     def finish(
         self, net: keras.Model, before: Sequence[float], after: Sequence[float]
     ) -> None:
-        """Writes the entropies over depth and, last, the weights."""
+        """Writes the entropies over depth and, last, the weights.
+
+        Args:
+            net: the trained net.
+            before: batch entropy of each hidden layer before training.
+            after: likewise, after training.
+
+        Raises:
+            OSError: the files cannot be written.
+        """
         numbers = range(1, len(before) + 1)
         rows = [
             {"layer": layer, "before": first, "after": last}
@@ -163,7 +262,14 @@ class RunFolder:
         return NetFolder(self.path / name)
 
     def config(self) -> dict[str, Any] | None:
-        """What `open` wrote, or None."""
+        """What `open` wrote.
+
+        Returns:
+            The configuration, or None where there is none.
+
+        Raises:
+            ExperimentError: it cannot be read, or is not that of a run.
+        """
         path = self.path / "config.json"
         if not path.exists():
             return None
@@ -176,12 +282,16 @@ class RunFolder:
     def open(self, config: dict[str, Any]) -> str:
         """Makes the folder, or checks that it holds a run of this configuration.
 
+        Args:
+            config: settings, data, nets and environment of this run.
+
         Returns:
             What has changed in the environment since; empty where nothing has.
 
         Raises:
             ExperimentError: it holds something else.
         """
+        self._require_own()
         earlier = self.config()
         environment = ""
         if earlier is not None:
@@ -192,9 +302,7 @@ class RunFolder:
                     f"{self.path} holds a run with other settings ({changed}); choose "
                     "another --output, or --overwrite it"
                 )
-            done = min(
-                (len(self.net(net).history()) for net in earlier["nets"]), default=0
-            )
+            done = max(len(self.net(net).history()) for net in NETS)
             if config["settings"]["epochs"] < done:
                 raise ExperimentError(
                     f"{self.path} holds {done} epochs already, more than "
@@ -212,11 +320,58 @@ class RunFolder:
         return environment
 
     def clear(self) -> None:
-        """Removes what a run wrote, and nothing else."""
-        for net in NETS:
-            shutil.rmtree(self.path / net, ignore_errors=True)
-        for name in ("config.json", "summary.json", *(f"{p}.png" for p in PLOTS)):
-            (self.path / name).unlink(missing_ok=True)
+        """Removes what a run wrote, and nothing else.
+
+        Raises:
+            ExperimentError: the folder is not that of a run, or cannot be cleared.
+        """
+        self._require_own()
+        plots = [f"{plot}.png" for plot in PLOTS]
+        try:
+            for net in NETS:
+                _remove(self.path / net, NET_FILES)
+            # By the last one the folder is known.
+            _remove(self.path, [*plots, "summary.json", "config.json"])
+        except OSError as error:
+            raise ExperimentError(
+                f"{self.path} cannot be cleared: {error.strerror}"
+            ) from error
+
+    def _require_own(self) -> None:
+        """Fails for a folder that is neither empty (or absent) nor that of a run."""
+        try:
+            names = {p.name for p in self.path.iterdir()} if self.path.exists() else ()
+        except OSError as error:
+            raise ExperimentError(
+                f"{self.path} cannot be read: {error.strerror}"
+            ) from error
+        if self.config() is None and {*names} - {".tmp-config.json"}:
+            raise ExperimentError(
+                f"{self.path} is neither empty nor the folder of a run; choose another "
+                "--output"
+            )
+
+
+def _remove(folder: pathlib.Path, names: Sequence[str]) -> None:
+    """Removes these files, what is left of writing them, and an empty folder."""
+    if not folder.is_dir():
+        return
+    for name in names:
+        (folder / f".tmp-{name}").unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for each number in it that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _changes(earlier: Mapping[str, Any], config: Mapping[str, Any]) -> str:

@@ -97,14 +97,14 @@ class Settings:
         ):
             value = getattr(self, name)
             self._require(name, value in known, f"one of {', '.join(known)}")
-        for name, get in (
-            ("activation", keras.activations.get),
-            ("initializer", keras.initializers.get),
+        for name, get, example in (
+            ("activation", keras.activations.get, "relu"),
+            ("initializer", keras.initializers.get, "he_normal"),
         ):
             try:
                 get(getattr(self, name))
-            except ValueError:
-                self._require(name, False, "one that Keras knows, such as relu")
+            except (ValueError, TypeError, KeyError):
+                self._require(name, False, f"one that Keras knows, such as {example}")
 
     def _require(self, name: str, fulfilled: bool, what: str) -> None:
         if not fulfilled:

@@ -331,6 +331,7 @@ def test_results_of_a_run(run, tmp_path):
         "config.json",
         "summary.json",
     }
+    assert all(path.stat().st_size < 100_000 for path in folder.glob("*.png"))
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["depth"] == 3 and config["settings"]["lbe_input"]
     assert config["data"]["train"] == 150

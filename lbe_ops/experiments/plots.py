@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -46,6 +47,9 @@ def draw(folder: RunFolder, chance: float) -> None:
             axes.set_ylim(0, 1)
         if key in ("lbe", "max_lbe"):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         if axes.lines:
             _save(folder, name, axes, title, "epoch", label)
     _draw_entropies(folder)
@@ -56,14 +60,16 @@ def _draw_entropies(folder: RunFolder) -> None:
     axes = figure.subplots()
     # The entropies of a net that passes nothing on fall over many decades.
     axes.set_yscale("symlog", linthresh=1e-6)
-    for net in NETS:
+    for number, net in enumerate(NETS):
+        # The nets begin alike: the dashes of one are in the gaps of the other.
+        dashes = (4 * number, (4, 4))
         if folder.net(net).weights.exists():
             entropies = folder.net(net).entropies()
-            for when, style in (("before", "--"), ("after", "-")):
+            for when, style in (("before", dashes), ("after", "-")):
                 axes.plot(
                     range(1, len(entropies[when]) + 1),
                     entropies[when],
-                    style,
+                    linestyle=style,
                     color=COLOURS[net],
                     label=_label(net, f"{when} training"),
                 )
@@ -77,6 +83,7 @@ def _label(net: str, what: str) -> str:
 
 def _save(folder: RunFolder, name: str, axes: Axes, title: str, x: str, y: str) -> None:
     axes.set(title=title, xlabel=x, ylabel=y)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(folder.path / f"{name}.png") as temporary:

@@ -54,7 +54,8 @@ class BatchEntropyLogger(keras.callbacks.Callback):
         values: `[epochs][layers]` floats.
 
     Raises:
-        ValueError: no layer matches, or none is called by the model.
+        ValueError: no layer matches, or none is called by the model; or the CSV file
+            has other columns.
 
     Example:
 
@@ -79,6 +80,8 @@ class BatchEntropyLogger(keras.callbacks.Callback):
         self.epochs: list[int] = []
         self.values: list[list[float]] = []
         self._data = keras.tree.map_structure(tf.convert_to_tensor, data)
+        if not (layers is None or callable(layers) or isinstance(layers, str | tuple)):
+            layers = list(layers)  # an iterator serves once
         self._layers = layers
         self._csv = csv
         self._tensorboard = tensorboard
@@ -94,7 +97,16 @@ class BatchEntropyLogger(keras.callbacks.Callback):
         super().set_model(model)
 
     def measure(self) -> np.ndarray:
-        """H of every observed layer now, `[layers]`."""
+        """H of every observed layer now, `[layers]`.
+
+        Raises:
+            ValueError: there is no model yet, or no layer to observe.
+        """
+        if self.model is None:
+            raise ValueError(
+                "measure() needs a model: pass the logger to fit(), or call "
+                "set_model(model) before. Received: no model"
+            )
         if self._probe is None:
             self._probe = (
                 self._entropies
@@ -179,11 +191,19 @@ class BatchEntropyLogger(keras.callbacks.Callback):
     def _append_csv(self, summary: dict[str, Any]) -> None:
         path = pathlib.Path(self._csv)
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists() or not path.stat().st_size
-        with path.open("a", newline="") as file:
+        columns = [*summary, *self.names]
+        with path.open("a+", newline="") as file:
+            file.seek(0)
+            header = next(csv.reader(file), None)
+            if header not in (None, columns):
+                raise ValueError(
+                    f"{path} has other columns than these layers need: {columns}. "
+                    "Write to another file, or give the layers the names that they "
+                    f"had. Received: a file with the columns {header}"
+                )
             writer = csv.writer(file)
-            if new:
-                writer.writerow([*summary, *self.names])
+            if header is None:
+                writer.writerow(columns)
             writer.writerow([*summary.values(), *self.values[-1]])
 
     def _summarize(self, epoch: int, summary: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import keras
 
 from lbe_ops.model import LBEModel
-from lbe_ops.regularizer import LBERegularizer
+from lbe_ops.regularizer import LBERegularizer, check_finite
 
 AnyLayer = TypeVar("AnyLayer", bound=keras.layers.Layer)
 Selection = (
@@ -110,7 +110,8 @@ def with_lbe(layer: AnyLayer, **arguments: Any) -> AnyLayer:
     """Puts LBE on the output of a layer of any class, built or not.
 
     An activity regularizer that the layer has stays, beside LBE. A layer that has
-    LBE already is left as it is.
+    LBE already is left as it is. Every output of a layer counts as a layer of its
+    own, and must be floating point.
 
     Args:
         layer: the layer; changed in place.
@@ -119,17 +120,23 @@ def with_lbe(layer: AnyLayer, **arguments: Any) -> AnyLayer:
     Returns:
         The same layer.
 
+    Raises:
+        ValueError: an argument is out of its range or not a number.
+
     Example:
 
     >>> x = with_lbe(keras.layers.Conv1D(8, 3), lbe_alpha=1.0)(keras.Input((32, 4)))
     """
-    regularizer = _regularizer(layer.activity_regularizer, **arguments)
+    _attach(layer, _regularizer(layer.activity_regularizer, **arguments))
+    return layer
+
+
+def _attach(layer: keras.layers.Layer, regularizer: LBERegularizer) -> None:
     tracker = layer._tracker
     locked = tracker.locked  # a built layer refuses new weights
     tracker.unlock()
     layer.activity_regularizer = regularizer
     tracker.locked = locked
-    return layer
 
 
 def add_lbe(
@@ -142,7 +149,9 @@ def add_lbe(
     """An `LBEModel` out of a Functional or Sequential model, with LBE on some layers.
 
     The layers are those of `model`, changed in place: both models share them, and
-    `model` itself would now train with LBE added to its loss.
+    `model` itself would now train with LBE added to its loss. A layer that has LBE
+    already keeps it as it is, whatever the arguments. After an error no layer has
+    changed.
 
     Args:
         model: a built Functional or Sequential model. For a subclassed model, derive
@@ -156,7 +165,8 @@ def add_lbe(
         The model, to be compiled.
 
     Raises:
-        ValueError: the selection matches no layer, or names one that is not there.
+        ValueError: the selection matches no layer, or names one that is not there,
+            or an argument is out of its range.
         TypeError: the model is neither Functional nor Sequential (or not built).
 
     Example:
@@ -169,8 +179,13 @@ def add_lbe(
             "add_lbe takes a Functional model, or a Sequential one with an Input. "
             f"Received: model={model}"
         )
-    for layer in select_layers(model, layers):
-        with_lbe(layer, **arguments)
+    check_finite("LBE_strength", LBE_strength, at_least=0)
+    selected = select_layers(model, layers)
+    regularizers = [
+        _regularizer(layer.activity_regularizer, **arguments) for layer in selected
+    ]
+    for layer, regularizer in zip(selected, regularizers, strict=True):
+        _attach(layer, regularizer)
     if isinstance(model, keras.Sequential):  # has lists only
         (inputs,), (outputs,) = model.inputs, model.outputs
     else:

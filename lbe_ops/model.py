@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 from keras.src.models.functional import Functional, functional_from_config
-from keras.src.utils import tracking
+from keras.src.utils import python_utils, tracking
 
 from lbe_ops.regularizer import (
     ALPHA_NAME,
     LBERegularizer,
     Record,
+    check_finite,
     in_layer_call,
     lbe_losses,
     recording,
@@ -44,6 +46,11 @@ class LBEModel(keras.Model):
     called twice counts twice. Everything else is `keras.Model`: Functional
     (`LBEModel(inputs, outputs)`) or subclassed with a `call` of its own.
 
+    An LBEModel inside another one leaves its layers to the outer one; inside a model
+    that is not an LBEModel its strength has no effect, and the LBE of its layers is
+    added to that model's loss. Copy one with `type(model).from_config(
+    model.get_config())`: `keras.models.clone_model` makes a plain Functional model.
+
     LBE is part of the loss in `fit` and `evaluate`, and in loops of your own for
     outputs of `model(x, training=True)`, passed to `model.compute_loss` as they are.
     It is absent from `predict`, from plain calls and from exported models.
@@ -60,7 +67,7 @@ class LBEModel(keras.Model):
         **kwargs: as for `keras.Model`.
 
     Raises:
-        ValueError: LBE_strength is negative.
+        ValueError: LBE_strength is negative, not finite or not a number.
 
     Example:
 
@@ -85,10 +92,7 @@ class LBEModel(keras.Model):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if not LBE_strength >= 0:
-            raise ValueError(
-                f"LBE_strength must be >= 0. Received: LBE_strength={LBE_strength!r}"
-            )
+        check_finite("LBE_strength", LBE_strength, at_least=0)
         if inputs is None:
             super().__init__(name=name, **kwargs)
         else:
@@ -114,14 +118,53 @@ class LBEModel(keras.Model):
             if isinstance(layer, LBERegularizer)
         ]
 
+    @python_utils.default  # Keras describes constructors where nothing overrides it
+    def get_config(self) -> dict[str, Any]:
+        """What makes the model anew, with the present strength.
+
+        Of a Functional model, the layers and how they are connected; of a subclass
+        with its own constructor what Keras says, and the strength if the constructor
+        takes it.
+        """
+        parameters = inspect.signature(type(self).__init__).parameters
+        if type(self).__init__ is LBEModel.__init__ and hasattr(self, "_inputs_struct"):
+            # A Functional model of any other signature than Keras' refuses to say.
+            config = Functional(self.input, self.output, name=self.name).get_config()
+            config["trainable"] = self.trainable
+        else:
+            config = super().get_config()
+        if "LBE_strength" in parameters or any(
+            p.kind is p.VAR_KEYWORD for p in parameters.values()
+        ):
+            config["LBE_strength"] = self.LBE_strength
+        return config
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> LBEModel:
+        """The model that `get_config` described."""
+        config = dict(config)
+        if cls.__init__ is LBEModel.__init__ and "input_layers" in config:
+            return functional_from_config(cls, config, custom_objects)
+        strength = None
+        if "LBE_strength" not in inspect.signature(cls.__init__).parameters:
+            # Its **kwargs may go to a constructor that is given the strength already.
+            strength = config.pop("LBE_strength", None)
+        model = super().from_config(config, custom_objects)
+        if strength is not None:
+            model.LBE_strength = strength
+        return model
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if in_layer_call():  # the outermost model makes the loss
             return super().__call__(*args, **kwargs)
-        with recording(Record(always=_in_step.get())) as record:
+        with recording(Record(self, always=_in_step.get())) as record:
             outputs = super().__call__(*args, **kwargs)
         record.remove_zeros()
+        inputs = {id(tensor) for tensor in tf.nest.flatten((args, kwargs))}
         for output in tf.nest.flatten(outputs):
-            if tf.is_tensor(output):
+            if tf.is_tensor(output) and id(output) not in inputs:
                 # The record lives as long as the outputs that it belongs to, so it
                 # can be neither stale nor another thread's.
                 output._lbe_record = record
@@ -166,19 +209,33 @@ class LBEModel(keras.Model):
             A scalar.
 
         Raises:
-            ValueError: y_pred is not the output of this model, or no loss was
+            ValueError: y_pred is not the output of this model, carries no entropy
+                although the model has LBE and `training` is True, or no loss was
                 compiled.
         """
         _exclude_alpha_from_weight_decay(self.optimizer)
         record = _record_of(y_pred)
-        if record is None and training and self.lbe_regularizers:
+        if record is not None and not record.made_by(self):
+            record = None
+        entries = record.entries if record else []
+        missing = training and not entries and self.lbe_regularizers
+        if missing and record is None:
             raise ValueError(
                 "compute_loss needs y_pred as the model returned it, in the same "
                 "function: it carries the batch entropies of that forward pass. "
                 "Received a y_pred that does not come from calling this model (or was "
                 "changed since)."
             )
-        entries = record.entries if record else []
+        if missing:
+            raise ValueError(
+                "No LBE layer reported its batch entropy in this forward pass, and the "
+                "loss would be without LBE. Either the model was called without "
+                "training=True: call model(x, training=True). Or its LBE layers are "
+                "not called as layers (TimeDistributed takes their `call` only) or in "
+                "a function that was traced before: put LBE on the wrapper, "
+                "with_lbe(wrapper). Received: no entropy of "
+                f"{len(self.lbe_regularizers)} LBE regularizers"
+            )
         if self._compile_loss is None:
             if entries:
                 raise ValueError(
@@ -208,23 +265,6 @@ class LBEModel(keras.Model):
 @keras.saving.register_keras_serializable(package="lbe_ops")
 class LBEFunctional(LBEModel, Functional):
     """What `LBEModel(inputs, outputs)` makes, as Keras makes `Functional`."""
-
-    def get_config(self) -> dict[str, Any]:
-        """The layers and how they are connected, and the strength."""
-        # A Functional model of any other signature than Keras' refuses to say.
-        config = Functional(self.input, self.output, name=self.name).get_config()
-        return {
-            **config,
-            "trainable": self.trainable,
-            "LBE_strength": self.LBE_strength,
-        }
-
-    @classmethod
-    def from_config(
-        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
-    ) -> LBEFunctional:
-        """The model that `get_config` described."""
-        return functional_from_config(cls, dict(config), custom_objects)
 
 
 LBE_Model = LBEModel

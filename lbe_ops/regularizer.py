@@ -13,6 +13,7 @@ import contextvars
 import dataclasses
 import functools
 import math
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from keras.src.saving import saving_lib
 from tensorflow.python import pywrap_tfe
 
+from lbe_ops import native as native_library
 from lbe_ops import ops
 
 ALPHA_NAME = "lbe_alpha"
@@ -45,11 +47,13 @@ class Record:
     """What the regularizers of one forward pass of an `LBEModel` have seen.
 
     Args:
+        model: the model, which `made_by` recognizes.
         always: record whatever `training` is, and not in training only.
     """
 
-    def __init__(self, always: bool) -> None:
+    def __init__(self, model: keras.Model, always: bool) -> None:
         self.always = always
+        self._model = weakref.ref(model)
         self.entries: list[Entry] = []
         self._graph = _current_graph()
         self._zeros: list[tuple[keras.layers.Layer, int]] = []
@@ -64,6 +68,10 @@ class Record:
                 "put LBE on the layer around it: with_lbe(outer_layer)."
             )
         self.entries.append(entry)
+
+    def made_by(self, model: keras.Model) -> bool:
+        """Whether this is about a forward pass of that very model."""
+        return self._model() is model
 
     def zero(self, layer: keras.layers.Layer) -> tf.Tensor:
         """A loss for Keras to add to those of `layer`, where there is none."""
@@ -127,6 +135,9 @@ class LBERegularizer(keras.layers.Layer):
     tape), only plain TensorFlow ops are used (unless `native=True`), so that an
     exported model does not need this package.
 
+    Weight decay pulls alpha towards zero. `LBEModel` excludes it; in any other model
+    call `optimizer.exclude_from_weight_decay(var_names=["lbe_alpha"])` yourself.
+
     Args:
         lbe_alpha: initial value of the entropy to reach, in nats; trainable.
         lbe_alpha_min: what that entropy cannot fall below, >= 0.
@@ -145,7 +156,8 @@ class LBERegularizer(keras.layers.Layer):
         lbe_alpha: the variable (`keras.Variable`, float32 scalar).
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range or not a number.
+        TypeError: native is neither None nor a bool.
 
     Example:
 
@@ -171,9 +183,12 @@ class LBERegularizer(keras.layers.Layer):
         trainable: bool = True,
     ) -> None:
         super().__init__(name=name, trainable=trainable, dtype="float32")
-        _check_finite("lbe_alpha", lbe_alpha)
-        _check_finite("lbe_alpha_min", lbe_alpha_min, at_least=0)
-        _check_finite("lbe_beta", lbe_beta, at_least=0)
+        check_finite("lbe_alpha", lbe_alpha)
+        check_finite("lbe_alpha_min", lbe_alpha_min, at_least=0)
+        check_finite("lbe_beta", lbe_beta, at_least=0)
+        check_finite("scale", scale)
+        check_finite("offset", offset)
+        native_library.requested_mode(native)
         other = keras.regularizers.get(other_activity_regularizer)
         if isinstance(other, LBERegularizer):
             raise ValueError(
@@ -230,6 +245,13 @@ class LBERegularizer(keras.layers.Layer):
         if record is None and not recorded and not tf.executing_eagerly():
             # This graph may be exported and served without the native library.
             native = native or False
+        x = tf.convert_to_tensor(x)
+        if x.dtype not in ops.DTYPES:
+            raise TypeError(
+                f"The LBE layer {_name(layer)} has an output that is not floating "
+                "point, which has no batch entropy. Put LBE on a layer whose outputs "
+                f"all are floating point. Received: dtype={x.dtype.name!r}"
+            )
         entropy, valid = ops.batch_entropy_or_zero(x, **self.formula, native=native)
         if record is not None:
             record.add(Entry(self, entropy, valid), _name(layer))
@@ -295,10 +317,17 @@ class LBERegularizer(keras.layers.Layer):
         super().load_own_variables(store)
 
 
-def _check_finite(name: str, value: float, at_least: float = -math.inf) -> None:
-    if not (math.isfinite(value) and value >= at_least):
-        bound = "" if at_least == -math.inf else f" and >= {at_least:g}"
-        raise ValueError(f"{name} must be finite{bound}. Received: {name}={value!r}")
+def check_finite(name: str, value: Any, at_least: float = -math.inf) -> None:
+    """Raises ValueError unless `value` is a finite number, `at_least` that large."""
+    try:
+        valid = math.isfinite(value) and value >= at_least
+    except (TypeError, OverflowError):
+        valid = False
+    if not valid:
+        bound = "" if at_least == -math.inf else f" >= {at_least:g}"
+        raise ValueError(
+            f"{name} must be a finite number{bound}. Received: {name}={value!r}"
+        )
 
 
 def _current_graph() -> tf.Graph | None:

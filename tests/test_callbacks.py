@@ -117,6 +117,30 @@ def test_files(tmp_path):
     ]
 
 
+def test_layers_given_as_an_iterator_serve_more_than_once():
+    logger = BatchEntropyLogger(PROBE, iter(["one", "relu"]))
+    for _ in range(2):
+        model, _ = network(True)
+        model.fit(X, Y, callbacks=[logger], verbose=0)
+        assert logger.names == ["one", "relu"]
+
+
+def test_a_csv_file_of_other_layers_is_left_alone(tmp_path):
+    path = tmp_path / "entropy.csv"
+    model, _ = network(True)
+    model.fit(X, Y, callbacks=[BatchEntropyLogger(PROBE, csv=path)], verbose=0)
+    content = path.read_bytes()
+    other = BatchEntropyLogger(PROBE, ["relu"], csv=path)
+    with pytest.raises(ValueError, match=r"other columns.*'relu'.*Received.*'two'"):
+        model.fit(X, Y, callbacks=[other], verbose=0)
+    assert path.read_bytes() == content
+
+
+def test_measuring_needs_a_model():
+    with pytest.raises(ValueError, match="Received: no model"):
+        BatchEntropyLogger(PROBE).measure()
+
+
 def test_training_is_the_same_with_and_without_it():
     results = []
     for callbacks in ([], [BatchEntropyLogger(PROBE)]):

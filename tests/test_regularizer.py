@@ -229,11 +229,15 @@ def test_every_dtype_policy_trains(policy):
     model = keras.Model(inputs, outputs)
     model.compile(keras.optimizers.SGD(0.5), "mse")
     x = samples(16, 5)
+    y = samples(16, 1, seed=1)
     hidden(x)
     assert hidden.losses[0].dtype == "float32"
     before = hidden.kernel.numpy().copy()
-    logs = model.train_on_batch(x, samples(16, 1), return_dict=True)
-    assert math.isfinite(logs["loss"])
+    activations = x.astype(np.float64) @ before.astype(np.float64)
+    y_pred = activations @ model.layers[-1].kernel.numpy().astype(np.float64)
+    expected = np.mean((y_pred - y) ** 2) + numpy_lbe(activations)
+    logs = model.train_on_batch(x, y, return_dict=True)
+    assert logs["loss"] == pytest.approx(expected, rel=0.02)
     assert regularizer.lbe_alpha.dtype == "float32"
     assert float(regularizer.lbe_alpha.value) != 0.75
     assert np.any(hidden.kernel.numpy() != before)
@@ -340,11 +344,45 @@ def test_a_shared_regularizer_is_restored_into_a_model_made_in_code(tmp_path):
         {"lbe_alpha_min": -0.1},
         {"lbe_beta": -1.0},
         {"lbe_beta": math.inf},
+        {"lbe_alpha": "1.0"},
+        {"lbe_alpha_min": None},
+        {"lbe_beta": [1.0]},
+        {"lbe_beta": 10**400},
+        {"scale": "e"},
+        {"offset": None},
     ],
+    ids=lambda arguments: str(arguments)[:30],
 )
 def test_arguments_out_of_range(arguments):
-    with pytest.raises(ValueError, match="Received: "):
+    ((name, value),) = arguments.items()
+    with pytest.raises(ValueError) as error:
         LBERegularizer(**arguments)
+    assert str(error.value).endswith(f"Received: {name}={value!r}")
+
+
+def test_native_is_none_or_a_bool():
+    with pytest.raises(TypeError, match="Received: 'yes'"):
+        LBERegularizer(native="yes")
+
+
+def test_an_output_that_is_not_floating_point_is_refused_by_the_layers_name():
+    class Both(keras.layers.Layer):
+        def call(self, x):
+            return x, tf.argmax(x, axis=-1)
+
+    layer = Both(activity_regularizer=LBERegularizer(), name="both")
+    with pytest.raises(TypeError, match="'both'.*Received: dtype='int64'"):
+        layer(samples(8, 5), training=True)
+
+
+def test_weight_decay_of_a_plain_model_can_leave_alpha_alone():
+    layer = keras.layers.Dense(4, activity_regularizer=LBERegularizer(2.0, 0.25, 0.0))
+    model = functional(layer)
+    optimizer = keras.optimizers.AdamW(1e-3, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["lbe_alpha"])
+    model.compile(optimizer, "mse")
+    model.fit(samples(8, 5), samples(8, 4), verbose=0)
+    assert float(layer.activity_regularizer.lbe_alpha.value) == 2.0
 
 
 def test_lbe_beside_lbe_is_refused():

@@ -94,6 +94,27 @@ def test_with_lbe_serves_any_layer(layer, shape, built):
     assert float(layer.activity_regularizer.lbe_alpha.value) != 2.0
 
 
+def test_every_output_of_a_layer_counts_as_a_layer():
+    class Twice(keras.layers.Layer):
+        def call(self, x):
+            return x, 2.0 * x
+
+    layer = with_lbe(Twice(), lbe_alpha=1.0)
+    x = samples(8, 5)
+    layer(x)
+    one, two = (float(layer.activity_regularizer(y)) for y in (x, 2 * x))
+    assert [float(loss) for loss in layer.losses] == pytest.approx([one, two])
+
+
+def test_with_lbe_on_a_wrapper_that_calls_its_layer_by_itself():
+    inputs = keras.Input((3, 5))
+    wrapper = with_lbe(keras.layers.TimeDistributed(keras.layers.Dense(2)))
+    model = LBEModel(inputs, wrapper(inputs))
+    model.compile("sgd", "mse")
+    logs = model.train_on_batch(samples(8, 3, 5), samples(8, 3, 2), return_dict=True)
+    assert logs["lbe"] > 0
+
+
 def test_with_lbe_keeps_what_is_there():
     layer = keras.layers.Dense(4, activity_regularizer=keras.regularizers.L2(0.5))
     with_lbe(layer)
@@ -169,6 +190,27 @@ def test_add_lbe_to_every_convolution_of_resnet50():
         float(results["ce"] + 1.5 * results["lbe"]), rel=1e-5
     )
     assert results["lbe"] > 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"LBE_strength": -1.0}, {"lbe_alpha": float("nan")}, {"unknown": 1}],
+    ids=str,
+)
+def test_add_lbe_changes_nothing_when_it_fails(arguments):
+    model = network()
+    with pytest.raises((ValueError, TypeError)):
+        add_lbe(model, **arguments)
+    assert all(layer.activity_regularizer is None for layer in model._flatten_layers())
+
+
+def test_add_lbe_keeps_the_lbe_that_a_layer_has():
+    model = network()
+    first = with_lbe(model.get_layer("first"), lbe_alpha=2.0)
+    regularizer = first.activity_regularizer
+    add_lbe(model, ["first", "last"], lbe_alpha=1.0)
+    assert first.activity_regularizer is regularizer
+    assert float(regularizer.lbe_alpha.value) == 2.0
 
 
 def test_add_lbe_says_what_it_cannot_do():

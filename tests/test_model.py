@@ -226,6 +226,10 @@ def test_a_last_batch_of_one_sample_adds_no_lbe():
     last = np.mean((model.predict(X[8:9], verbose=0) - Y[8:9]) ** 2)
     assert logs["loss"][0] == pytest.approx((8 * full["loss"] + last) / 9, rel=2e-5)
     assert logs["lbe"][0] == pytest.approx(8 * full["lbe"] / 9, rel=2e-5)
+    logs = model.evaluate(X[:9], Y[:9], batch_size=8, return_dict=True, verbose=0)
+    assert logs["loss"] == pytest.approx((8 * full["loss"] + last) / 9, rel=2e-5)
+    assert logs["ce"] == pytest.approx((8 * full["ce"] + last) / 9, rel=2e-5)
+    assert logs["lbe"] == pytest.approx(8 * full["lbe"] / 9, rel=2e-5)
     model.compile(keras.optimizers.SGD(0.1), "mse")
     model.train_on_batch(X[:1], Y[:1])
     assert all(np.isfinite(weight.numpy()).all() for weight in model.weights)
@@ -316,6 +320,26 @@ def test_an_output_that_was_changed_is_an_error_and_not_a_stale_record():
         model.compute_loss(X, Y, y_pred + 0.0)
 
 
+def test_the_output_of_another_model_is_an_error():
+    model, other = build(hidden_layers()), build(hidden_layers())
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="y_pred as the model returned it"):
+        model.compute_loss(X, Y, other(X, training=True))
+
+
+def test_an_input_that_is_an_output_carries_no_record():
+    inputs = keras.Input((5,))
+    (layer,) = hidden_layers(1)
+    model = LBEModel(inputs, [inputs, layer(inputs)])
+    model.compile("sgd", ["mse", "mse"])
+    x = tf.constant(X)
+    outputs = model(x, training=True)
+    assert not hasattr(x, "_lbe_record")
+    assert float(model.compute_loss(x, [x, tf.zeros((12, 4))], outputs)) > 0
+    with pytest.raises(ValueError, match="y_pred as the model returned it"):
+        model.compute_loss(x, [x, x], [x, x])
+
+
 def test_inference_has_no_lbe():
     model = build(hidden_layers())
     model.compile("sgd", "mse")
@@ -367,7 +391,7 @@ def test_lbe_in_a_loop_inside_the_forward_pass_is_an_error():
         model.train_on_batch(samples(4, 3, 5), samples(4, 3, 4))
 
 
-def test_alpha_without_a_gradient_is_not_silent():
+def test_lbe_in_a_function_traced_before_is_an_error():
     class Inner(LBEModel):
         def __init__(self):
             super().__init__()
@@ -383,8 +407,49 @@ def test_alpha_without_a_gradient_is_not_silent():
 
     model = Inner()
     model.compile("sgd", "mse")
-    with pytest.warns(UserWarning, match="Gradients do not exist.*lbe_alpha"):
+    with pytest.raises(ValueError, match="No LBE layer reported.*traced before"):
         model.fit(X, Y, verbose=0)
+
+
+def test_a_training_step_that_forgets_to_say_so_is_an_error():
+    class Forgetful(Subclassed):
+        def train_step(self, data):
+            x, y = data
+            return {"loss": self.compute_loss(x, y, self(x))}
+
+    model = Forgetful()
+    model.compile("sgd", "mse", run_eagerly=True)
+    with pytest.raises(ValueError, match="No LBE layer reported.*training=True"):
+        model.fit(X, Y, verbose=0)
+
+
+def test_layers_that_keras_does_not_call_are_an_error_if_there_are_no_others():
+    def model(*first):
+        inputs = keras.Input((3, 5))
+        x = inputs
+        for layer in first:
+            x = layer(x)
+        model = LBEModel(inputs, keras.layers.TimeDistributed(Dense_LBE(4))(x))
+        model.compile("sgd", "mse")
+        return model
+
+    data = samples(8, 3, 5), samples(8, 3, 4, seed=1)
+    with pytest.raises(ValueError, match=r"TimeDistributed.*with_lbe\(wrapper\)"):
+        model().train_on_batch(*data)
+    some = model(Dense_LBE(4))
+    with pytest.warns(UserWarning, match="Gradients do not exist.*lbe_alpha"):
+        logs = some.train_on_batch(*data, return_dict=True)
+    assert logs["lbe"] > 0
+
+
+def test_frozen_layers_report_too():
+    layers = hidden_layers()
+    model = build(layers)
+    for layer in layers:
+        layer.trainable = False
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    logs = model.train_on_batch(X, Y, return_dict=True)
+    assert_logs(logs, expected_logs(model, layers))
 
 
 def test_lbe_needs_a_compiled_loss():
@@ -394,7 +459,7 @@ def test_lbe_needs_a_compiled_loss():
         model.train_on_batch(X, Y)
 
 
-@pytest.mark.parametrize("strength", [-1.0, float("nan")])
+@pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf"), "1", None])
 def test_strength_out_of_range(strength):
     with pytest.raises(ValueError, match="Received: LBE_strength="):
         build(hidden_layers(), strength=strength)
@@ -445,16 +510,66 @@ class Saved(Subclassed):
         return {"extra": self.extra, "LBE_strength": self.LBE_strength}
 
 
-@pytest.mark.parametrize("kind", ["functional", "subclassed"])
+@keras.saving.register_keras_serializable("test_model")
+class Graph(LBEModel):
+    """Called with inputs and outputs, as `LBEModel` itself."""
+
+
+@keras.saving.register_keras_serializable("test_model")
+class NoConstructor(LBEModel):
+    def build(self, shape):
+        self.first, self.out = *hidden_layers(1), keras.layers.Dense(2)
+        self.first.build(shape)
+        self.out.build((None, 4))
+
+    def call(self, x):
+        return self.out(self.first(x))
+
+
+@keras.saving.register_keras_serializable("test_model")
+class PassesOn(NoConstructor):
+    def __init__(self, units=4, **arguments):
+        super().__init__(**arguments)
+
+
+@keras.saving.register_keras_serializable("test_model")
+class GivesTheStrength(NoConstructor):
+    def __init__(self, **arguments):
+        super().__init__(LBE_strength=0.25, **arguments)
+
+
+@keras.saving.register_keras_serializable("test_model")
+class NeedsTheStrength(NoConstructor):
+    def __init__(self, LBE_strength, **arguments):
+        super().__init__(LBE_strength=LBE_strength, **arguments)
+
+    def get_config(self):
+        return {**super().get_config(), "LBE_strength": self.LBE_strength}
+
+
+KINDS = {
+    "functional": lambda: build(hidden_layers(), strength=0.25),
+    "functional subclass": lambda: as_graph(build(hidden_layers())),
+    "subclassed": lambda: Saved(extra=2, LBE_strength=0.25),
+    "no constructor": lambda: NoConstructor(LBE_strength=0.25),
+    "passes on": lambda: PassesOn(LBE_strength=0.25),
+    "gives the strength": GivesTheStrength,
+    "needs the strength": lambda: NeedsTheStrength(0.25),
+}
+
+
+def as_graph(model):
+    return Graph(model.inputs, model.outputs, LBE_strength=0.25)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_saving_the_model(kind, tmp_path):
-    if kind == "functional":
-        model = build(hidden_layers(), strength=0.25)
-    else:
-        model = Saved(extra=2, LBE_strength=0.25)
+    model = KINDS[kind]()
     model.compile("adam", "mse")
     model.fit(X, Y, verbose=0, epochs=3)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded) is type(model)
     assert isinstance(loaded, LBEModel)
     assert loaded.LBE_strength == 0.25
     for old, new in zip(model.weights, loaded.weights, strict=True):
@@ -465,6 +580,38 @@ def test_saving_the_model(kind, tmp_path):
         each.train_on_batch(X, Y)
     for old, new in zip(model.weights, loaded.weights, strict=True):
         np.testing.assert_allclose(old, new, rtol=1e-6)
+
+
+def test_a_strength_changed_later_is_saved():
+    model = PassesOn()
+    model.LBE_strength = 0.5
+    assert PassesOn.from_config(model.get_config()).LBE_strength == 0.5
+
+
+LOAD = """
+import sys
+import lbe_ops
+import keras, numpy as np
+x, y = np.load("x.npy"), np.load("y.npy")
+model = keras.models.load_model("model.keras")
+assert isinstance(model, lbe_ops.LBEModel) and model.LBE_strength == 0.25
+logs = model.evaluate(x, y, return_dict=True, verbose=0)
+np.save("logs.npy", [logs[name] for name in sys.argv[1:]])
+assert model.train_on_batch(x, y, return_dict=True)["lbe"] > 0
+"""
+
+
+def test_another_process_loads_the_model(tmp_path):
+    model = build(hidden_layers(), strength=0.25)
+    model.compile("adam", "mse")
+    model.fit(X, Y, verbose=0)
+    model.save(tmp_path / "model.keras")
+    logs = model.evaluate(X, Y, return_dict=True, verbose=0)
+    np.save(tmp_path / "x.npy", X)
+    np.save(tmp_path / "y.npy", Y)
+    run(LOAD, *logs, folder=tmp_path)
+    expected = list(logs.values())
+    np.testing.assert_allclose(np.load(tmp_path / "logs.npy"), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["h5", "checkpoint"])
@@ -491,6 +638,8 @@ def test_config_round_trip():
     assert copy.LBE_strength == 0.25
     assert copy.get_config() == model.get_config()
     assert not set(map(id, copy.weights)) & set(map(id, model.weights))
+    copy.compile("sgd", "mse")
+    assert copy.train_on_batch(X, Y, return_dict=True)["lbe"] > 0
 
 
 def test_functional_and_subclassed_side_by_side():
@@ -504,6 +653,16 @@ def test_functional_and_subclassed_side_by_side():
         model.compile("sgd", "mse")
         assert model.train_on_batch(X, Y, return_dict=True)["lbe"] > 0
         assert len(model.layers) >= 3
+
+
+def run(code, *arguments, folder):
+    """Python code in a process of its own, started in `folder`."""
+    subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        check=True,
+    )
 
 
 SERVE = """
@@ -532,12 +691,7 @@ def test_exported_models_are_served_without_this_package(tmp_path):
         model.export(tmp_path / f"{name}_exported", verbose=False)
         tf.saved_model.save(model, str(tmp_path / f"{name}_saved"))
     np.save(tmp_path / "x.npy", X)
-    subprocess.run(
-        [sys.executable, "-c", SERVE, *folders],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        check=True,
-    )
+    run(SERVE, *folders, folder=tmp_path)
     for folder, model in folders.items():
         assert b"LBE>" not in (tmp_path / folder / "saved_model.pb").read_bytes()
         served = np.load(tmp_path / f"{folder}.npy")

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 TINY = (
-    "--depth 3 --width 8 --epochs 3 --batch-size 64 --learning-rate 0.01 "
+    "--depth 2 --width 8 --epochs 3 --batch-size 64 --learning-rate 0.01 "
     "--schedule constant"
 )
 
@@ -333,7 +333,7 @@ def test_results_of_a_run(run, tmp_path):
     }
     assert all(path.stat().st_size < 100_000 for path in folder.glob("*.png"))
     config = json.loads((folder / "config.json").read_text())
-    assert config["settings"]["depth"] == 3 and config["settings"]["lbe_input"]
+    assert config["settings"]["depth"] == 2 and config["settings"]["lbe_input"]
     assert config["data"]["train"] == 150
     assert config["environment"]["lbe_ops"] == lbe_ops.__version__
     for net in results.NETS:
@@ -430,12 +430,10 @@ class Interrupted:
 
 RESUMED = {
     "plain": "--no-lbe",
-    "lbe": "--lbe --lbe-input",
-    "plateau": "--lbe --reduce-lr --reduce-lr-patience 1 --learning-rate 0.2",
-    "decay": "--lbe --schedule decay",
-    "adamw": "--lbe --optimizer adamw --native never",
+    "plateau": "--lbe --depth 3 --reduce-lr --reduce-lr-patience 1 --learning-rate 0.2",
     "sgd": "--no-lbe --optimizer sgd --momentum 0.9",
-    "steps": "--lbe --steps-per-execution 2",
+    "decay": "--lbe --lbe-input --schedule decay",
+    "adamw": "--lbe --optimizer adamw --native never --steps-per-execution 2",
     "float16": "--lbe --dtype mixed_float16",
     "conv": "--lbe --model conv",
 }
@@ -628,9 +626,9 @@ def test_last_batch_of_one_sample_trains(run, tmp_path):
     assert all(np.isfinite(list(row.values())).all() for row in rows)
 
 
-def test_lbe_trains_what_does_not_train_without(tmp_path):
-    words = "--depth 30 --width 32 --epochs 10 --learning-rate 0.002 --batch-size 64"
-    assert command.main([*words.split(), "--output", str(tmp_path)]) == 0
-    plain, lbe = (history(tmp_path, net)[-1] for net in results.NETS)
+def test_lbe_trains_what_does_not_train_without(run, tmp_path):
+    words = "--data digits --depth 30 --width 32 --epochs 6 --learning-rate 0.002"
+    assert run(*words.split())[0] == 0
+    plain, lbe = (history(tmp_path / "run", net)[-1] for net in results.NETS)
     assert plain["val_accuracy"] < 0.15
     assert lbe["val_accuracy"] > 0.25

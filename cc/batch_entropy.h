@@ -33,10 +33,21 @@ constexpr int kLeafRows = 8;
 // H = mean_u h_u,  h_u = 1/2 ln(scale * v_u + offset),  v_u = M2_u / (N -
 // ddof).
 struct Formula {
-  double scale = 0;   // > 0
-  double offset = 0;  // >= 0
-  int64_t ddof = 0;   // 0 or 1
+  double scale = 0;
+  double offset = 0;
+  int64_t ddof = 0;
 };
+
+// What is served: numbers whose quotients float can hold, and no others.
+constexpr double kSmallest = 1e-12;
+constexpr double kLargest = 1e12;
+
+LBE_MATH bool IsServed(const Formula& formula) {
+  return formula.scale >= kSmallest && formula.scale <= kLargest &&
+         (formula.offset == 0 ||
+          (formula.offset >= kSmallest && formula.offset <= kLargest)) &&
+         (formula.ddof == 0 || formula.ddof == 1);
+}
 
 // Of some rows of a unit: their mean and the sum of squares of what they differ
 // from it.
@@ -165,6 +176,12 @@ LBE_MATH V LogPlus(const V& u, const V& correction) {
          (twice + (twice * z * series + (k * kLn2Low + correction)));
 }
 
+// v = M2 / (N - ddof). REQUIRES: rows > ddof.
+template <typename Scalar, typename V>
+LBE_MATH V Variance(const V& m2, int64_t rows, const Formula& formula) {
+  return m2 / static_cast<Scalar>(rows - formula.ddof);
+}
+
 // The constants of the entropy in the type of the results.
 template <typename Scalar>
 struct EntropyFactors {
@@ -235,6 +252,30 @@ template <typename Scalar, typename V>
 LBE_MATH V EntropySlope(const V& variance,
                         const GradientFactors<Scalar>& factors) {
   return factors.entropy / (variance * factors.scale + factors.offset);
+}
+
+template <typename Scalar, typename V>
+LBE_MATH V VarianceSlope(const V& variance_grad,
+                         const GradientFactors<Scalar>& factors) {
+  return variance_grad * factors.variance;
+}
+
+template <typename Scalar, typename V>
+LBE_MATH V MeanOffset(const V& mean_grad,
+                      const GradientFactors<Scalar>& factors) {
+  return mean_grad * factors.mean;
+}
+
+// dx without and with an offset.
+template <typename V>
+LBE_MATH V UnitGradient(const V& x, const V& mean, const V& slope) {
+  return slope * (x - mean);
+}
+
+template <typename V>
+LBE_MATH V UnitGradient(const V& x, const V& mean, const V& slope,
+                        const V& offset) {
+  return offset + slope * (x - mean);
 }
 
 }  // namespace lbe

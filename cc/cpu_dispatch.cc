@@ -32,17 +32,18 @@ struct Simd {
 };
 
 Simd ChooseSimd() {
+  const Simd known[] = {{"avx512", CpuLoopsAvx512()},
+                        {"avx2", CpuLoopsAvx2()},
+                        {"baseline", CpuLoopsBaseline()}};
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f");
+  const int best = avx512 ? 0 : avx2 ? 1 : 2;
   const char* wanted = std::getenv("LBE_OPS_SIMD");
-  const auto allowed = [wanted](const char* name) {
-    return wanted == nullptr || std::strcmp(wanted, name) == 0;
-  };
-  const bool avx512 = __builtin_cpu_supports("avx512f") != 0;
-  const bool avx2 = __builtin_cpu_supports("avx2") != 0 &&
-                    __builtin_cpu_supports("f16c") != 0;
-  if (avx512 && allowed("avx512")) return {"avx512", CpuLoopsAvx512()};
-  if (avx2 && (allowed("avx2") || allowed("avx512")))
-    return {"avx2", CpuLoopsAvx2()};
-  return {"baseline", CpuLoopsBaseline()};
+  for (int level = best; level < 3 && wanted != nullptr; ++level) {
+    if (std::strcmp(wanted, known[level].name) == 0) return known[level];
+  }
+  return known[best];
 }
 
 const Simd& ChosenSimd() {
@@ -215,14 +216,10 @@ void BatchEntropyForwardCpu(const Parallel& parallel, DType dtype,
       finish(column, columns);
     });
   }
+  FloatingPointMode mode;
   double sum = 0;
   for (int64_t group = 0; group < groups; ++group) sum += sums[group];
-  const double result = sum / static_cast<double>(units);
-  if (dtype == DType::kFloat64) {
-    *static_cast<double*>(entropy) = result;
-  } else {
-    *static_cast<float*>(entropy) = static_cast<float>(result);
-  }
+  SetScalar(dtype, sum / static_cast<double>(units), entropy);
 }
 
 void BatchEntropyGradCpu(const Parallel& parallel, DType dtype, const void* x,

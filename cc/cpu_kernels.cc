@@ -68,6 +68,7 @@ struct Convert<float> {
   using Scalar = float;
   using Line = FloatLine;
   LBE_MATH FloatLine Load(const float* x) { return LoadLine<FloatLine>(x); }
+  LBE_MATH float LoadOne(const float* x) { return *x; }
   LBE_MATH void Store(const FloatLine& line, float* x) { StoreLine(line, x); }
 };
 
@@ -76,6 +77,7 @@ struct Convert<double> {
   using Scalar = double;
   using Line = DoubleLine;
   LBE_MATH DoubleLine Load(const double* x) { return LoadLine<DoubleLine>(x); }
+  LBE_MATH double LoadOne(const double* x) { return *x; }
   LBE_MATH void Store(const DoubleLine& line, double* x) { StoreLine(line, x); }
 };
 
@@ -86,6 +88,9 @@ struct Convert<BFloat16> {
   LBE_MATH FloatLine Load(const BFloat16* x) {
     const auto bits = LoadLine<Uint16Line>(x);
     return BitCast<FloatLine>(__builtin_convertvector(bits, Uint32Line) << 16);
+  }
+  LBE_MATH float LoadOne(const BFloat16* x) {
+    return BitCast<float>(static_cast<uint32_t>(x->bits) << 16);
   }
   LBE_MATH void Store(const FloatLine& line, BFloat16* x) {
     const auto bits = BitCast<Uint32Line>(line);
@@ -101,6 +106,14 @@ template <>
 struct Convert<Half> {
   using Scalar = float;
   using Line = FloatLine;
+  LBE_MATH float LoadOne(const Half* x) {
+#if defined(__F16C__)
+    return _cvtsh_ss(x->bits);
+#else
+    Half padded[kLineBytes / sizeof(float)] = {*x};
+    return Load(padded)[0];
+#endif
+  }
 #if defined(__AVX512F__)
   LBE_MATH FloatLine Load(const Half* x) {
     return _mm512_cvtph_ps(LoadLine<__m256i>(x));
@@ -147,7 +160,7 @@ struct Convert<Half> {
         (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
     const Uint32Line small =
         BitCast<Uint32Line>(BitCast<FloatLine>(magnitude) + 0.5f) - 0x3f000000;
-    const Uint32Line nan = Uint32Line{} + 0x7e00;
+    const Uint32Line nan = (magnitude >> 13 & 0x3ff) | 0x7e00;
     const Uint32Line infinity = Uint32Line{} + 0x7c00;
     Uint32Line result = magnitude < 0x38800000 ? small : normal;
     result = magnitude >= 0x477ff000 ? infinity : result;
@@ -215,25 +228,46 @@ struct Loops {
     __builtin_memcpy(p, &line, (columns - column) * sizeof(Scalar));
   }
 
-  // Moments of leaf rows [0, rows) of one line of columns.
+  // Moments of leaf rows [0, rows) of what `load` makes of a row: a line of
+  // columns, or the scalar of one.
   template <typename Load>
-  LBE_MATH Moments<Line> Leaf(const Load& load, const Element* x,
-                              int64_t stride, int rows) {
-    Line lines[kLeafRows];
+  LBE_MATH auto Leaf(const Load& load, const Element* x, int64_t stride,
+                     int rows) {
+    using V = decltype(load(x));
+    V values[kLeafRows];
     for (int r = 0; r < kLeafRows; ++r) {
-      lines[r] = r < rows ? load(x + r * stride) : Line{};
+      values[r] = r < rows ? load(x + r * stride) : V{};
     }
-    return LeafMoments<Scalar>(lines, rows);
+    return LeafMoments<Scalar>(values, rows);
   }
 
-  // Moments of one line of columns over `rows` <= kChunkRows rows.
+  // The same over `rows` <= kChunkRows rows.
   template <typename Load>
-  LBE_MATH Moments<Line> ChunkLine(const Load& load, const Element* x,
-                                   int64_t stride, int rows) {
+  LBE_MATH auto Chunk(const Load& load, const Element* x, int64_t stride,
+                      int rows) {
     if (rows <= kLeafRows) return Leaf(load, x, stride, rows);
     return Merge(Leaf(load, x, stride, kLeafRows),
                  Leaf(load, x + kLeafRows * stride, stride, rows - kLeafRows),
                  WeightsOf<Scalar>(kLeafRows, rows - kLeafRows));
+  }
+
+  // The same for `width` < kLanes columns: few of them one by one, since a line
+  // would be filled piece by piece.
+  static Moments<Line> NarrowChunk(const Element* x, int64_t stride, int rows,
+                                   int64_t width) {
+    constexpr int64_t kFew = 4;
+    if (width > kFew) {
+      return Chunk([width](const Element* p) { return LoadPart(p, width); }, x,
+                   stride, rows);
+    }
+    Moments<Line> line = {};
+    for (int64_t c = 0; c < width; ++c) {
+      const auto moments =
+          Chunk(Convert<Element>::LoadOne, x + c, stride, rows);
+      line.mean[c] = moments.mean;
+      line.m2[c] = moments.m2;
+    }
+    return line;
   }
 
   // The share of column c in fetching the segment after that of c.
@@ -305,15 +339,14 @@ struct Loops {
       if (chunk_rows == kChunkRows) {
         for (; c + kLanes <= columns; c += kLanes) {
           if (columns >= kSegment) Prefetch(x, units, c, columns);
-          merge_up(ChunkLine(load, x + c, units, kChunkRows), c / kLanes);
+          merge_up(Chunk(load, x + c, units, kChunkRows), c / kLanes);
         }
       }
       for (; c < columns; c += kLanes) {
         const int64_t width = columns - c < kLanes ? columns - c : kLanes;
-        const auto load_part = [width](const Element* p) {
-          return LoadPart(p, width);
-        };
-        merge_up(ChunkLine(load_part, x + c, units, chunk_rows), c / kLanes);
+        merge_up(width < kLanes ? NarrowChunk(x + c, units, chunk_rows, width)
+                                : Chunk(load, x + c, units, chunk_rows),
+                 c / kLanes);
       }
     }
   }
@@ -335,11 +368,11 @@ struct Loops {
   static void Finish(int64_t rows, int64_t columns, const Formula& formula,
                      void* m2, double* group_sums) {
     const auto factors = EntropyFactorsOf<Scalar>(formula);
-    const Scalar freedom = static_cast<Scalar>(rows - formula.ddof);
     for (int64_t group = 0; group < columns; group += kGroup) {
       double sum = 0;
       for (int64_t c = group; c < group + kGroup && c < columns; c += kLanes) {
-        const Line variance = LoadResult(m2, c, columns) / freedom;
+        const Line variance =
+            Variance<Scalar>(LoadResult(m2, c, columns), rows, formula);
         StoreResult(variance, c, columns, m2);
         const Line entropy = UnitEntropy<Scalar>(variance, factors);
         for (int64_t lane = 0; lane < kLanes && c + lane < columns; ++lane) {
@@ -356,8 +389,11 @@ struct Loops {
                            const Line* offset, Element* dx) {
     const auto gradient =
         [&](int64_t line, const Line& value) __attribute__((always_inline)) {
-          const Line result = slope[line] * (value - mean[line]);
-          return kOffset ? Line(offset[line] + result) : result;
+          if constexpr (kOffset) {
+            return UnitGradient(value, mean[line], slope[line], offset[line]);
+          } else {
+            return UnitGradient(value, mean[line], slope[line]);
+          }
         };
     // Elements that fill a cache line: two lines of accumulators for half
     // types.
@@ -405,8 +441,9 @@ struct Loops {
           EntropySlope(LoadResult(operands.variance, c, end), factors);
       if (has_offset) {
         slope[line] +=
-            LoadResult(operands.variance_grad, c, end) * factors.variance;
-        offset[line] = LoadResult(operands.mean_grad, c, end) * factors.mean;
+            VarianceSlope(LoadResult(operands.variance_grad, c, end), factors);
+        offset[line] =
+            MeanOffset(LoadResult(operands.mean_grad, c, end), factors);
       }
     }
     const int64_t first = row * operands.units + column;
@@ -424,10 +461,10 @@ struct Loops {
 
 const CpuLoops* LBE_CPU_LOOPS() {
   static constexpr CpuLoops kLoops[] = {
-#define LBE_DTYPE(name, element, result)                    \
-  {                                                         \
-      sizeof(element),           sizeof(result),            \
-      Loops<element>::MomentsOf, Loops<element>::MergeInto, \
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
+  {                                                                   \
+      sizeof(element),           sizeof(result),                      \
+      Loops<element>::MomentsOf, Loops<element>::MergeInto,           \
       Loops<element>::Finish,    Loops<element>::Gradient},
       LBE_FOR_EACH_DTYPE(LBE_DTYPE)
 #undef LBE_DTYPE

@@ -23,18 +23,30 @@ struct BFloat16 {
 };
 
 // Every dtype that the ops serve: name, element, type of accumulators and
-// results.
-#define LBE_FOR_EACH_DTYPE(DO)   \
-  DO(kFloat16, Half, float)      \
-  DO(kBFloat16, BFloat16, float) \
-  DO(kFloat32, float, float)     \
-  DO(kFloat64, double, double)
+// results, the names that TensorFlow and NumPy have for it.
+#define LBE_FOR_EACH_DTYPE(DO)                            \
+  DO(kFloat16, Half, float, DT_HALF, "float16")           \
+  DO(kBFloat16, BFloat16, float, DT_BFLOAT16, "bfloat16") \
+  DO(kFloat32, float, float, DT_FLOAT, "float32")         \
+  DO(kFloat64, double, double, DT_DOUBLE, "float64")
 
 enum class DType {
-#define LBE_DTYPE(name, element, result) name,
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) name,
   LBE_FOR_EACH_DTYPE(LBE_DTYPE)
 #undef LBE_DTYPE
 };
+
+// The value of a result scalar: float, or double for kFloat64.
+inline void SetScalar(DType dtype, double value, void* scalar) {
+  switch (dtype) {
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
+  case DType::name:                                                   \
+    *static_cast<result*>(scalar) = static_cast<result>(value);       \
+    break;
+    LBE_FOR_EACH_DTYPE(LBE_DTYPE)
+#undef LBE_DTYPE
+  }
+}
 
 // Where a CPU kernel's parts run: `run(pool, items, body, argument)` calls
 // body(argument, i) for every i in [0, items), in any order, on up to `threads`
@@ -45,6 +57,8 @@ struct Parallel {
   void (*run)(void* pool, int64_t items,
               void (*body)(void* argument, int64_t item), void* argument);
 };
+
+// Kernels use up to 400 KB of each thread's stack.
 
 // Bytes of workspace, 64-byte aligned, for BatchEntropyForwardCpu.
 int64_t BatchEntropyForwardCpuWorkspace(DType dtype, int64_t rows,

@@ -10,11 +10,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -35,8 +35,13 @@ void RunOnThreads(void* pool, int64_t items, void (*body)(void*, int64_t),
   };
   std::vector<std::thread> threads;
   const int count = *static_cast<int*>(pool);
-  for (int t = 1; t < std::min<int64_t>(count, items); ++t)
-    threads.emplace_back(work);
+  for (int t = 1; t < std::min<int64_t>(count, items); ++t) {
+    try {
+      threads.emplace_back(work);
+    } catch (const std::system_error&) {
+      break;  // the system has no more; those that run do the rest
+    }
+  }
   work();
   for (std::thread& thread : threads) thread.join();
 }
@@ -47,14 +52,21 @@ struct FreeDeleter {
 
 DType DTypeOf(const py::array& x) {
   const std::string name = py::str(x.dtype().attr("name"));
-  if (name == "float16") return DType::kFloat16;
-  if (name == "bfloat16") return DType::kBFloat16;
-  if (name == "float32") return DType::kFloat32;
-  if (name == "float64") return DType::kFloat64;
+  const bool native = x.dtype().attr("isnative").cast<bool>();
+#define LBE_DTYPE(dtype, element, result, tensorflow_name, numpy_name) \
+  if (native && name == numpy_name) return DType::dtype;
+  LBE_FOR_EACH_DTYPE(LBE_DTYPE)
+#undef LBE_DTYPE
   throw py::type_error(
-      "x must be a float16, bfloat16 (ml_dtypes), float32 or float64 array. "
-      "Received: dtype " +
-      name);
+      "x must be a float16, bfloat16 (ml_dtypes), float32 or float64 array in "
+      "the machine's byte order. Received: dtype " +
+      name + (native ? "" : " in the other byte order"));
+}
+
+// The array in C order; numpy's own error where there is no memory for a copy.
+py::array Contiguous(const py::array& array) {
+  return py::module_::import("numpy").attr("asarray")(array,
+                                                      py::arg("order") = "C");
 }
 
 // x as [rows, units] with what every call needs to know of it.
@@ -71,7 +83,7 @@ struct Batch {
 
   Batch(const py::array& array, double scale, double offset, int64_t ddof,
         int thread_count)
-      : x(py::array::ensure(array, py::array::c_style)), threads(thread_count) {
+      : x(Contiguous(array)), threads(thread_count) {
     dtype = DTypeOf(x);
     if (x.ndim() < 1) {
       throw py::value_error(
@@ -89,17 +101,14 @@ struct Batch {
           std::to_string(rows) + " samples, " + std::to_string(units) +
           " units");
     }
-    if (ddof != 0 && ddof != 1) {
-      throw py::value_error("ddof must be 0 or 1. Received: " +
-                            std::to_string(ddof));
-    }
-    if (!(std::isfinite(scale) && scale > 0)) {
-      throw py::value_error("scale must be positive and finite. Received: " +
-                            std::to_string(scale));
-    }
-    if (!(std::isfinite(offset) && offset >= 0)) {
-      throw py::value_error("offset must be finite and >= 0. Received: " +
-                            std::to_string(offset));
+    formula = {scale, offset, ddof};
+    if (!IsServed(formula)) {
+      throw py::value_error(
+          "ddof must be 0 or 1, scale from 1e-12 to 1e12, offset 0 or in the "
+          "same range. Received: ddof=" +
+          std::to_string(ddof) +
+          ", scale=" + std::string(py::str(py::float_(scale))) +
+          ", offset=" + std::string(py::str(py::float_(offset))));
     }
     if (threads < 1) {
       throw py::value_error("threads must be at least 1. Received: " +
@@ -107,7 +116,6 @@ struct Batch {
     }
     result = dtype == DType::kFloat64 ? py::dtype::of<double>()
                                       : py::dtype::of<float>();
-    formula = {scale, offset, ddof};
     parallel = {threads, &threads, RunOnThreads};
   }
   Batch(const Batch&) = delete;
@@ -115,8 +123,8 @@ struct Batch {
   // `array` as statistics or their gradients: the units' shape, the result's
   // type.
   py::array Statistics(const py::object& array, const char* name) const {
-    py::array values = py::array::ensure(
-        py::array(array).attr("astype")(result), py::array::c_style);
+    const py::array values =
+        Contiguous(py::array(array).attr("astype")(result));
     if (std::vector<py::ssize_t>(
             values.shape(), values.shape() + values.ndim()) != unit_shape) {
       throw py::value_error(std::string(name) +

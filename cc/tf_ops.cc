@@ -127,18 +127,12 @@ dx: The gradient with respect to x; 0 where N < 2.
 // TensorFlow's dtype to the kernels' own.
 absl::Status ToDType(DataType type, DType* dtype) {
   switch (type) {
-    case tensorflow::DT_HALF:
-      *dtype = DType::kFloat16;
-      return absl::OkStatus();
-    case tensorflow::DT_BFLOAT16:
-      *dtype = DType::kBFloat16;
-      return absl::OkStatus();
-    case tensorflow::DT_FLOAT:
-      *dtype = DType::kFloat32;
-      return absl::OkStatus();
-    case tensorflow::DT_DOUBLE:
-      *dtype = DType::kFloat64;
-      return absl::OkStatus();
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
+  case tensorflow::tensorflow_name:                                   \
+    *dtype = DType::name;                                             \
+    return absl::OkStatus();
+    LBE_FOR_EACH_DTYPE(LBE_DTYPE)
+#undef LBE_DTYPE
     default:
       return InvalidArgument("lbe_ops has no kernel for ",
                              tensorflow::DataTypeString(type));
@@ -173,18 +167,15 @@ class BatchEntropyKernel : public OpKernel {
                     "elsewhere. Received: T = ",
                     tensorflow::DataTypeString(type), ", result_type = ",
                     tensorflow::DataTypeString(result_type)));
-    int64_t ddof;
-    OP_REQUIRES_OK(context, context->GetAttr("ddof", &ddof));
-    OP_REQUIRES(context, ddof <= 1,
-                InvalidArgument("ddof must be 0 or 1. Received: ", ddof));
-    formula_.ddof = ddof;
+    OP_REQUIRES_OK(context, context->GetAttr("ddof", &formula_.ddof));
     OP_REQUIRES_OK(context, NumberAttr(context, "scale", &formula_.scale));
     OP_REQUIRES_OK(context, NumberAttr(context, "offset", &formula_.offset));
     OP_REQUIRES(
-        context, formula_.scale > 0 && formula_.offset >= 0,
-        InvalidArgument("scale must be positive and offset >= 0. Received: "
-                        "scale = ",
-                        formula_.scale, ", offset = ", formula_.offset));
+        context, IsServed(formula_),
+        InvalidArgument(
+            "ddof must be 0 or 1, scale from ", kSmallest, " to ", kLargest,
+            ", offset 0 or in the same range. Received: ddof = ", formula_.ddof,
+            ", scale = ", formula_.scale, ", offset = ", formula_.offset));
   }
 
   // Run where it becomes ready: a layer's statistics take less time than waking
@@ -204,9 +195,11 @@ class BatchEntropyKernel : public OpKernel {
       return InvalidArgument(
           "x must have shape [batch, ...]. Received: a scalar");
     }
-    sizes->rows = x.dim_size(0);
-    sizes->unit_shape = x.shape();
-    sizes->unit_shape.RemoveDim(0);
+    const auto dims = x.shape().dim_sizes();
+    sizes->rows = dims[0];
+    // Not RemoveDim, which aborts where the product of the others overflows.
+    TF_RETURN_IF_ERROR(TensorShape::BuildTensorShape(
+        absl::MakeConstSpan(dims).subspan(1), &sizes->unit_shape));
     sizes->units = sizes->unit_shape.num_elements();
     return absl::OkStatus();
   }
@@ -264,11 +257,7 @@ class BatchEntropyCpu : public BatchEntropyKernel {
                    context->allocate_output(2, sizes.unit_shape, &variance));
     OP_REQUIRES_OK(context,
                    context->allocate_output(3, TensorShape({}), &valid));
-    if (dtype_ == DType::kFloat64) {
-      valid->scalar<double>()() = sizes.enough();
-    } else {
-      valid->scalar<float>()() = sizes.enough();
-    }
+    SetScalar(dtype_, sizes.enough(), valid->data());
     if (!sizes.enough()) {
       for (Tensor* output : {entropy, mean, variance}) SetZero(output);
       return;
@@ -331,11 +320,19 @@ class BatchEntropyGradCpuKernel : public BatchEntropyKernel {
   }
 };
 
-REGISTER_KERNEL_BUILDER(Name("LBE>BatchEntropy").Device(tensorflow::DEVICE_CPU),
-                        BatchEntropyCpu);
-REGISTER_KERNEL_BUILDER(
-    Name("LBE>BatchEntropyGrad").Device(tensorflow::DEVICE_CPU),
-    BatchEntropyGradCpuKernel);
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
+  REGISTER_KERNEL_BUILDER(                                            \
+      Name("LBE>BatchEntropy")                                        \
+          .Device(tensorflow::DEVICE_CPU)                             \
+          .TypeConstraint("T", tensorflow::tensorflow_name),          \
+      BatchEntropyCpu);                                               \
+  REGISTER_KERNEL_BUILDER(                                            \
+      Name("LBE>BatchEntropyGrad")                                    \
+          .Device(tensorflow::DEVICE_CPU)                             \
+          .TypeConstraint("T", tensorflow::tensorflow_name),          \
+      BatchEntropyGradCpuKernel);
+LBE_FOR_EACH_DTYPE(LBE_DTYPE)
+#undef LBE_DTYPE
 
 }  // namespace
 }  // namespace lbe

@@ -19,6 +19,7 @@ import os
 import pathlib
 import re
 import struct
+import threading
 import types
 import warnings
 from collections.abc import Iterator
@@ -29,17 +30,18 @@ ENVIRONMENT_VARIABLE = "LBE_OPS_NATIVE"
 LIBRARY_PATH = pathlib.Path(__file__).with_name("libtf_ops.so")
 
 # cc/tf_ops.cc embeds this text, so that the version is known without loading.
-_MARKER = re.compile(rb"lbe_ops was built for TensorFlow (\d+\.\d+)[\w.]*;")
+_MARKER = re.compile(rb"lbe_ops was built for TensorFlow (\d+\.\d+)[^;]*;")
+
+_loading = threading.Lock()  # two threads must not register the ops twice
 
 _mode: contextvars.ContextVar[bool | None] = contextvars.ContextVar(
     "lbe_ops_native", default=None
 )
 
 
+# Directly below Exception: AutoGraph re-raises other types as its own.
 class NativeUnavailableError(Exception):
     """The native op was required and cannot be used; the message says why."""
-
-    # Directly below Exception: AutoGraph re-raises other types as its own.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +61,11 @@ class Native:
 def use_native(native: bool | None) -> Iterator[None]:
     """Requires (True), forbids (False) or leaves open (None) the native op.
 
-    Holds for ops built in the `with` block, in this thread (or asyncio task); a
-    `tf.function` keeps what was in force when it was traced. An explicit `native=`
-    argument wins over it.
+    Holds for ops built in the `with` block, in this thread (or asyncio task), and so
+    not in the threads of `strategy.run`: set `LBE_OPS_NATIVE` for those. A
+    `tf.function` keeps what was in force when it was traced. One that was traced
+    outside of XLA and is then called within a function of `jit_compile=True` keeps
+    its native op, too, which XLA cannot compile. An explicit `native=` wins.
 
     Example:
 
@@ -150,12 +154,17 @@ def built_for(path: pathlib.Path) -> str | None:
     return marker.group(1).decode()
 
 
-@functools.lru_cache(maxsize=1)
 def load() -> Native:
     """Loads the library at the first call; later calls return the same outcome.
 
     A missing file is quiet. One that is there and cannot be used gives one warning.
     """
+    with _loading:
+        return _load()
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> Native:
     path = LIBRARY_PATH
     if not path.exists():
         return Native(
@@ -179,10 +188,9 @@ def load() -> Native:
     except (OSError, tf.errors.OpError) as error:
         reason = f"{path} does not load: {str(error).strip().splitlines()[0]}"
     warnings.warn(
-        f"lbe_ops falls back to plain TensorFlow: {reason} Rebuild it with "
-        "`pip install --no-build-isolation --force-reinstall --no-deps lbe_ops` "
-        "from its source folder.",
+        f"lbe_ops falls back to plain TensorFlow: {reason} Rebuild it: "
+        "`pip install --force-reinstall --no-deps .` in its source folder.",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
     return Native(None, reason)

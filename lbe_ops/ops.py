@@ -8,6 +8,7 @@ TensorFlow (`lbe_ops.reference`) with the same results where it cannot.
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -17,6 +18,8 @@ from lbe_ops import reference
 
 SCALE = math.pi * math.e
 OFFSET = 1.0
+# The range of scale and offset: float32 can hold their quotients.
+SMALLEST, LARGEST = 1e-12, 1e12
 DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 
 
@@ -31,6 +34,7 @@ class UnitStatistics(NamedTuple):
     entropy: tf.Tensor
 
 
+@tf.autograph.experimental.do_not_convert  # there is nothing to convert
 def batch_entropy(
     x: Any,
     *,
@@ -53,15 +57,16 @@ def batch_entropy(
 
         dH/dx_nu = scale * (x_nu - mean_u) / (U (N - ddof) (scale * v_u + offset)),
 
-    finite everywhere for `offset > 0`. NaN and Inf in x come out as NaN. With the
-    native op the result has the same bits whatever the number of threads.
+    finite everywhere for `offset > 0`. NaN and Inf in x come out as NaN, as do sums of
+    squares that overflow the type of the result. With the native op the result has
+    the same bits whatever the number of threads.
 
     Args:
         x: activations `[N, ...]`, N >= 2 samples first; every later position is a
             unit. float16, bfloat16, float32 or float64, known or unknown shape.
         ddof: 0 divides the sum of squares by N, 1 by N - 1.
-        scale: positive factor of the variance.
-        offset: what is added to it, >= 0.
+        scale: factor of the variance, from 1e-12 to 1e12.
+        offset: what is added to it, 0 or in the same range.
         native: None uses the native op where possible, True requires it, False
             forbids it.
 
@@ -77,7 +82,7 @@ def batch_entropy(
 
     >>> x = tf.constant([[0.0, 1.0], [2.0, 1.0]])  # variances 1 and 0
     >>> float(lbe_ops.batch_entropy(x))            # (ln(pi e + 1) / 2 + 0) / 2
-    0.563847...
+    0.563866...
 
     Source: Peer et al., TMLR 2022 (arXiv 2208.01134), with the offset of its code.
     """
@@ -88,6 +93,7 @@ def batch_entropy(
     return _call(ops, x, formula).entropy
 
 
+@tf.autograph.experimental.do_not_convert  # there is nothing to convert
 def batch_entropy_or_zero(
     x: Any,
     *,
@@ -97,6 +103,9 @@ def batch_entropy_or_zero(
     native: bool | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """`batch_entropy` for a batch that may turn out too small to have one.
+
+    Args:
+        x, ddof, scale, offset, native: as for `batch_entropy`.
 
     Returns:
         `(entropy, valid)`, two scalars: `(H, 1)`, or `(0, 0)` with a gradient of zero
@@ -110,6 +119,7 @@ def batch_entropy_or_zero(
     return outputs.entropy, outputs.valid
 
 
+@tf.autograph.experimental.do_not_convert  # there is nothing to convert
 def unit_statistics(
     x: Any,
     *,
@@ -120,8 +130,14 @@ def unit_statistics(
 ) -> UnitStatistics:
     """Mean, variance and entropy of every unit over the batch, in one pass over x.
 
-    Arguments, errors and determinism are those of `batch_entropy`, whose value is
-    the mean of the entropies. Differentiable in all three.
+    Errors and determinism are those of `batch_entropy`, whose value is the mean of
+    the entropies. Differentiable in all three.
+
+    Args:
+        x, ddof, scale, offset, native: as for `batch_entropy`.
+
+    Returns:
+        `UnitStatistics(mean, variance, entropy)`, each of shape `x.shape[1:]`.
 
     Example:
 
@@ -151,10 +167,15 @@ def check_formula(ddof: int, scale: float, offset: float) -> dict[str, Any]:
         raise ValueError(
             f"ddof must be 0 (divide by N) or 1 (divide by N - 1). Received: {ddof!r}"
         )
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale must be positive and finite. Received: {scale!r}")
-    if not (math.isfinite(offset) and offset >= 0):
-        raise ValueError(f"offset must be finite and >= 0. Received: {offset!r}")
+    for name, value in (("scale", scale), ("offset", offset)):
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number. Received: {value!r}")
+        if not (SMALLEST <= value <= LARGEST or (name == "offset" and value == 0)):
+            zero = "0 or " if name == "offset" else ""
+            raise ValueError(
+                f"{name} must be {zero}from {SMALLEST:g} to {LARGEST:g}. "
+                f"Received: {value!r}"
+            )
     return {"ddof": int(ddof), "scale": float(scale), "offset": float(offset)}
 
 

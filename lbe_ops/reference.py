@@ -35,6 +35,12 @@ def check_sizes(x: tf.Tensor) -> tf.Tensor:
         raise tf.errors.InvalidArgumentError(None, None, f"{message}{x.shape}")
     if x.shape.is_fully_defined():
         return x
+    if x.shape.rank is None:
+        rank = tf.debugging.assert_rank_at_least(
+            x, 1, "x must have shape [batch, ...]. Received: a scalar"
+        )
+        with tf.control_dependencies([rank]):
+            x = tf.identity(x)
     shape = tf.shape(x)
     enough = (shape[0] >= 2) & (tf.size(x) >= 1)
     with tf.control_dependencies([tf.debugging.Assert(enough, [message, shape])]):
@@ -77,7 +83,8 @@ def batch_entropy_or_zero(
     """`(entropy, valid)`; see `lbe_ops.ops.batch_entropy_or_zero`."""
     shape = tf.shape(x, out_type=tf.int64)
     enough = (shape[0] >= 2) & (tf.reduce_prod(shape[1:]) >= 1)
-    variance = moments(x, ddof)[1]
+    # Not even a NaN in a sample that does not count may reach the gradient.
+    variance = moments(tf.where(enough, x, tf.zeros_like(x)), ddof)[1]
     # Both branches must be finite for their gradients to be: log(0) and the mean
     # of no units are not.
     safe = tf.where(enough, variance, tf.ones_like(variance))

@@ -2,6 +2,7 @@
 """Fixtures (path, mode, dtype) and the one table of tolerances."""
 
 import dataclasses
+import importlib
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -45,6 +46,15 @@ def require_native():
         pytest.fail(f"LBE_REQUIRE_NATIVE=1, but {reason}")
     elif reason:
         pytest.skip(reason)
+
+
+def import_numpy_module():
+    """lbe_ops_numpy; the tests skip without it, or fail, as by require_native."""
+    if os.environ.get("LBE_REQUIRE_NATIVE") == "1":
+        return importlib.import_module("lbe_ops_numpy")
+    return pytest.importorskip(
+        "lbe_ops_numpy", reason="built without the native library"
+    )
 
 
 @pytest.fixture(params=DTYPES)

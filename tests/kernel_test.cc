@@ -98,8 +98,10 @@ template <typename Element, typename Result>
 void Test(DType dtype, int64_t rows, int64_t units, double grad_tolerance) {
   const Formula formula = {8.5, 0.75, 1};
   const double tolerance = sizeof(Result) == 8 ? 1e-12 : 1e-5;
-  Buffer x(rows * units * sizeof(Element));
-  Element* values = static_cast<Element*>(x.data);
+  // One element off alignment: no result may need more than an element's.
+  Buffer storage((rows * units + 1) * sizeof(Element));
+  Element* values = static_cast<Element*>(storage.data) + 1;
+  const size_t bytes = rows * units * sizeof(Element);
   std::mt19937 random(1);
   std::uniform_real_distribution<float> uniform(0.5f, 4.f);
   for (int64_t i = 0; i < rows * units; ++i) Put(uniform(random), values + i);
@@ -113,25 +115,37 @@ void Test(DType dtype, int64_t rows, int64_t units, double grad_tolerance) {
 
   Buffer first_mean(units * sizeof(Result)),
       first_variance(units * sizeof(Result));
-  Buffer first_entropy(sizeof(Result)), first_dx(x.size);
+  Buffer first_entropy(sizeof(Result)), first_dx(bytes);
   for (int threads : {1, 2, 7}) {
     int pool = threads;
     const Parallel parallel = {threads, &pool, RunOnThreads};
     Buffer mean(units * sizeof(Result)), variance(units * sizeof(Result));
-    Buffer entropy(sizeof(Result)), dx(x.size), in_place(x.size);
+    Buffer entropy(sizeof(Result)), dx(bytes), in_place(bytes);
     Buffer workspace(
         BatchEntropyForwardCpuWorkspace(dtype, rows, units, threads));
-    BatchEntropyForwardCpu(parallel, dtype, x.data, rows, units, formula,
+    BatchEntropyForwardCpu(parallel, dtype, values, rows, units, formula,
                            workspace.data, mean.data, variance.data,
                            entropy.data);
-    BatchEntropyGradCpu(parallel, dtype, x.data, rows, units, formula,
+    BatchEntropyGradCpu(parallel, dtype, values, rows, units, formula,
                         mean.data, variance.data, &entropy_grad, mean_grad.data,
                         variance_grad.data, dx.data);
-    std::memcpy(in_place.data, x.data, x.size);
+    std::memcpy(in_place.data, values, bytes);
     BatchEntropyGradCpu(parallel, dtype, in_place.data, rows, units, formula,
                         mean.data, variance.data, &entropy_grad, mean_grad.data,
                         variance_grad.data, in_place.data);
     Check(in_place == dx, "gradient in place", dtype, rows, units, threads);
+    // Without gradients of the statistics, as training calls it: the same as
+    // with zeros.
+    Buffer zeros(units * sizeof(Result)), with_zeros(bytes), without(bytes);
+    std::memset(zeros.data, 0, zeros.size);
+    BatchEntropyGradCpu(parallel, dtype, values, rows, units, formula,
+                        mean.data, variance.data, &entropy_grad, zeros.data,
+                        zeros.data, with_zeros.data);
+    BatchEntropyGradCpu(parallel, dtype, values, rows, units, formula,
+                        mean.data, variance.data, &entropy_grad, nullptr,
+                        nullptr, without.data);
+    Check(without == with_zeros, "gradient of the entropy alone", dtype, rows,
+          units, threads);
     if (threads == 1) {
       std::memcpy(first_mean.data, mean.data, mean.size);
       std::memcpy(first_variance.data, variance.data, variance.size);

@@ -10,14 +10,12 @@ import sys
 import numpy as np
 import oracle
 import pytest
-from conftest import TOLERANCES, require_native
+from conftest import TOLERANCES, import_numpy_module, require_native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_dtypes import bfloat16
 
-lbe_ops_numpy = pytest.importorskip(
-    "lbe_ops_numpy", reason="built without the native library"
-)
+lbe_ops_numpy = import_numpy_module()
 
 THREADS = (1, 2, 7)
 # Serial, tiles of columns, parts of rows, both, ragged ends, one row per leaf.

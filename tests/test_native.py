@@ -71,10 +71,10 @@ def library(monkeypatch, tmp_path, no_environment):
     path = tmp_path / native.LIBRARY_PATH.name
     shutil.copy(native.LIBRARY_PATH, path)
     monkeypatch.setattr(native, "LIBRARY_PATH", path)
-    native.load.cache_clear()
+    native._load.cache_clear()
     yield path
     monkeypatch.undo()
-    native.load.cache_clear()
+    native._load.cache_clear()
     assert native.load().ops is not None
 
 
@@ -141,6 +141,15 @@ def test_a_library_for_another_minor_is_never_loaded(library, monkeypatch):
         assert "built for TensorFlow 2.19" in text
         assert f"this is TensorFlow {tf.__version__}" in text
     assert "Rebuild" in warning
+
+
+def test_release_candidates_are_known_by_their_minor(library):
+    content = library.read_bytes()
+    version = tf.__version__.encode() + b";"
+    candidate = tf.__version__[:-2].encode() + b"-1;"
+    assert len(candidate) == len(version)
+    library.write_bytes(content.replace(version, candidate))
+    assert native.built_for(library) == ".".join(tf.__version__.split(".")[:2])
 
 
 def test_native_and_reference_agree(rng):

@@ -7,11 +7,9 @@ import sys
 import numpy as np
 import oracle
 import pytest
-from conftest import TOLERANCES
+from conftest import TOLERANCES, import_numpy_module
 
-lbe_ops_numpy = pytest.importorskip(
-    "lbe_ops_numpy", reason="built without the native library"
-)
+lbe_ops_numpy = import_numpy_module()
 
 
 def test_it_needs_no_tensorflow():
@@ -66,13 +64,29 @@ def test_subnormal_numbers_are_flushed_and_the_callers_mode_is_kept():
         (np.zeros((3, 0)), {}, ValueError, "0 units"),
         (np.zeros((3, 2)), {"ddof": 2}, ValueError, "ddof"),
         (np.zeros((3, 2)), {"scale": 0.0}, ValueError, "scale"),
-        (np.zeros((3, 2)), {"offset": float("nan")}, ValueError, "offset"),
+        (np.zeros((3, 2)), {"scale": 1e30}, ValueError, "scale=1e\\+30"),
+        (np.zeros((3, 2)), {"offset": float("nan")}, ValueError, "offset=nan"),
+        (np.zeros((3, 2)), {"offset": 1e-39}, ValueError, "offset=1e-39"),
+        (np.zeros((3, 2), ">f4"), {}, TypeError, "other byte order"),
         (np.zeros((3, 2)), {"threads": 0}, ValueError, "threads"),
     ],
 )
 def test_bad_arguments(x, options, error, words):
     with pytest.raises(error, match=words):
         lbe_ops_numpy.batch_entropy(x, **options)
+
+
+def test_no_memory_for_a_contiguous_copy_is_an_error():
+    x = np.broadcast_to(np.float32(1), (10**9, 10**6))
+    with pytest.raises(MemoryError):
+        lbe_ops_numpy.batch_entropy(x)
+
+
+def test_more_threads_than_work():
+    x = np.random.default_rng(0).normal(size=(3000, 200))
+    one, *_ = lbe_ops_numpy.batch_entropy(x)
+    many, *_ = lbe_ops_numpy.batch_entropy(x, threads=300)
+    assert one == many
 
 
 def test_bad_statistics():

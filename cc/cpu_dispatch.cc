@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -88,20 +89,32 @@ void AdviseHugePages(void* data, int64_t bytes) {
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Runs the items, one after the other where all of them read or write few
-// bytes.
+// Runs the items: one after the other where all of them read or write few
+// bytes, else on a worker a thread, which take the next item until there is
+// none. One call of the pool for each thread, not for each item: waking threads
+// is what costs.
 template <typename Body>
 void Run(const Parallel& parallel, int64_t items, int64_t bytes,
          const Body& body) {
-  const auto run = [](void* argument, int64_t item) {
+  struct Shared {
+    const Body& body;
+    const int64_t items;
+    std::atomic<int64_t> next{0};
+  } shared{body, items};
+  const auto work = [](void* argument) {
     FloatingPointMode mode;
-    (*static_cast<const Body*>(argument))(item);
+    Shared& shared = *static_cast<Shared*>(argument);
+    for (int64_t item = shared.next++; item < shared.items;
+         item = shared.next++) {
+      shared.body(item);
+    }
   };
-  void* argument = const_cast<Body*>(&body);
-  if (items == 1 || parallel.threads == 1 || bytes < kSerialBytes) {
-    for (int64_t item = 0; item < items; ++item) run(argument, item);
+  const int workers =
+      static_cast<int>(std::min<int64_t>(parallel.threads, items));
+  if (workers == 1 || bytes < kSerialBytes) {
+    work(&shared);
   } else {
-    parallel.run(parallel.pool, items, run, argument);
+    parallel.run(parallel.pool, workers, work, &shared);
   }
 }
 

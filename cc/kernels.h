@@ -48,14 +48,15 @@ inline void SetScalar(DType dtype, double value, void* scalar) {
   }
 }
 
-// Where a CPU kernel's parts run: `run(pool, items, body, argument)` calls
-// body(argument, i) for every i in [0, items), in any order, on up to `threads`
-// threads, and returns when all have returned. Results never depend on it.
+// Where a CPU kernel runs: `run(pool, workers, body, argument)` calls
+// body(argument) at least once and at most `workers` times, each on a thread of
+// its own where that is possible, and returns when all have returned. `threads`
+// is the most workers that a kernel asks for. Results never depend on it.
 struct Parallel {
   int threads;
   void* pool;
-  void (*run)(void* pool, int64_t items,
-              void (*body)(void* argument, int64_t item), void* argument);
+  void (*run)(void* pool, int workers, void (*body)(void* argument),
+              void* argument);
 };
 
 // Kernels use up to 400 KB of each thread's stack.

@@ -9,7 +9,6 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
@@ -25,24 +24,17 @@ namespace py = pybind11;
 namespace lbe {
 namespace {
 
-// Runs items on `threads` threads that live for one call.
-void RunOnThreads(void* pool, int64_t items, void (*body)(void*, int64_t),
-                  void* argument) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t item = next++; item < items; item = next++)
-      body(argument, item);
-  };
+// Workers on threads that live for one call.
+void RunOnThreads(void*, int workers, void (*body)(void*), void* argument) {
   std::vector<std::thread> threads;
-  const int count = *static_cast<int*>(pool);
-  for (int t = 1; t < std::min<int64_t>(count, items); ++t) {
+  for (int t = 1; t < workers; ++t) {
     try {
-      threads.emplace_back(work);
+      threads.emplace_back(body, argument);
     } catch (const std::system_error&) {
       break;  // the system has no more; those that run do the rest
     }
   }
-  work();
+  body(argument);
   for (std::thread& thread : threads) thread.join();
 }
 
@@ -116,7 +108,7 @@ struct Batch {
     }
     result = dtype == DType::kFloat64 ? py::dtype::of<double>()
                                       : py::dtype::of<float>();
-    parallel = {threads, &threads, RunOnThreads};
+    parallel = {threads, nullptr, RunOnThreads};
   }
   Batch(const Batch&) = delete;
 

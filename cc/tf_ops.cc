@@ -207,15 +207,11 @@ class BatchEntropyKernel : public OpKernel {
   static Parallel ParallelOf(OpKernelContext* context) {
     auto* pool = context->device()->tensorflow_cpu_worker_threads()->workers;
     return {pool->NumThreads(), pool,
-            [](void* pool, int64_t items, void (*body)(void*, int64_t),
-               void* argument) {
+            [](void* pool, int workers, void (*body)(void*), void* argument) {
               using tensorflow::thread::ThreadPool;
               static_cast<ThreadPool*>(pool)->ParallelFor(
-                  items, ThreadPool::SchedulingParams::Fixed(1),
-                  [body, argument](int64_t begin, int64_t end) {
-                    for (int64_t item = begin; item < end; ++item)
-                      body(argument, item);
-                  });
+                  workers, ThreadPool::SchedulingParams::Fixed(1),
+                  [body, argument](int64_t, int64_t) { body(argument); });
             }};
   }
 

@@ -8,7 +8,6 @@
 // several threads with those of one, bit for bit.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -34,15 +33,12 @@ void Check(bool ok, const char* what, DType dtype, int64_t rows, int64_t units,
                static_cast<long long>(units), threads);
 }
 
-void RunOnThreads(void* pool, int64_t items, void (*body)(void*, int64_t),
-                  void* argument) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t i = next++; i < items; i = next++) body(argument, i);
-  };
+void RunOnThreads(void*, int workers, void (*body)(void*), void* argument) {
   std::vector<std::thread> threads;
-  for (int t = 1; t < *static_cast<int*>(pool); ++t) threads.emplace_back(work);
-  work();
+  for (int t = 1; t < workers; ++t) {
+    threads.emplace_back(body, argument);
+  }
+  body(argument);
   for (std::thread& thread : threads) thread.join();
 }
 
@@ -117,8 +113,7 @@ void Test(DType dtype, int64_t rows, int64_t units, double grad_tolerance) {
       first_variance(units * sizeof(Result));
   Buffer first_entropy(sizeof(Result)), first_dx(bytes);
   for (int threads : {1, 2, 7}) {
-    int pool = threads;
-    const Parallel parallel = {threads, &pool, RunOnThreads};
+    const Parallel parallel = {threads, nullptr, RunOnThreads};
     Buffer mean(units * sizeof(Result)), variance(units * sizeof(Result));
     Buffer entropy(sizeof(Result)), dx(bytes), in_place(bytes);
     Buffer workspace(

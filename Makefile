@@ -52,7 +52,10 @@ sanitize: $(REQUIREMENTS) ## kernel tests under ASan + UBSan, then under TSan
 	for sanitizers in address,undefined thread; do \
 	  folder=build/$$sanitizers; \
 	  cmake -S . -B $$folder -G Ninja -DLBE_SANITIZE=$$sanitizers && \
-	  cmake --build $$folder && $$folder/kernel_test || exit 1; \
+	  cmake --build $$folder || exit 1; \
+	  for simd in avx512 avx2 baseline; do \
+	    LBE_OPS_SIMD=$$simd $$folder/kernel_test || exit 1; \
+	  done; \
 	done
 
 clean: ## remove .venv and everything built; results/ stays

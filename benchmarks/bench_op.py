@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times the fused batch entropy against the ways to compute it without it.
 
-Variants: the native op; the same formula in plain TensorFlow, as a graph and compiled
-by XLA; the formula of the TensorFlow port; PyTorch's, where torch is installed. One
-call each on a tensor that is there already, forward (the entropy) and forward +
-gradient (the entropy and dx). The call itself is included (see `empty call`), as is
-the allocation of the results.
+Variants: the native op; its kernels without the call of TensorFlow around them; the
+same formula in plain TensorFlow, as a graph and compiled by XLA; the formula of the
+TensorFlow port; PyTorch's, where torch is installed. One call each on a tensor that
+is there already, forward (the entropy) and forward + gradient (the entropy and dx).
+The call itself is included (see `empty call`), as is the allocation of the results.
 
 Every variant is first compared with the float64 oracle of the tests. Then all take
 turns, round by round, so that a disturbance hits all of them, together with plain
@@ -22,7 +22,9 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
+import lbe_ops_numpy
 import numpy as np
 import report
 import tensorflow as tf
@@ -93,6 +95,33 @@ def tensorflow_variant(
     return Variant(name, 0, prepare)
 
 
+def kernel_variant(threads: int) -> Variant:
+    """The native kernels on TensorFlow's own memory, without a call of TensorFlow."""
+
+    def prepare(
+        array: np.ndarray, gradient: bool
+    ) -> tuple[Call, Callable[[], Results]]:
+        if array.dtype not in (np.float16, np.float32, np.float64):
+            raise UnavailableError(f"no view of a {array.dtype} tensor in NumPy")
+        x = np.asarray(memoryview(tf.constant(array)))
+
+        def run() -> tuple[Any, ...]:
+            entropy, *statistics = lbe_ops_numpy.batch_entropy(x, threads=threads)
+            if not gradient:
+                return (entropy,)
+            return entropy, lbe_ops_numpy.batch_entropy_grad(
+                x, *statistics, threads=threads
+            )
+
+        def results() -> Results:
+            h, *dx = run()
+            return float(h), dx[0] if dx else None
+
+        return run, results
+
+    return Variant("kernel alone", 0, prepare)
+
+
 def port_entropy(x: tf.Tensor) -> tf.Tensor:
     """The TensorFlow port's formula, as it stands there."""
     std = tf.math.reduce_std(tf.reshape(x, [tf.shape(x)[0], -1]), axis=0)
@@ -144,6 +173,7 @@ def torch_variant(name: str, compiled: bool, threads: int) -> Variant:
 def variants(threads: int) -> dict[str, Variant]:
     listed = [
         tensorflow_variant("fused", lambda x: lbe_ops.batch_entropy(x, native=True)),
+        kernel_variant(threads),
         tensorflow_variant(
             "pure graph", lambda x: lbe_ops.batch_entropy(x, native=False)
         ),

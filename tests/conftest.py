@@ -8,12 +8,18 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import hypothesis
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import lbe_ops
 from lbe_ops import native
+
+# The same examples in every run of CI; elsewhere new ones each time.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,23 +32,8 @@ def _regularizer(other: Any, **arguments: Any) -> LBERegularizer:
     return LBERegularizer(other_activity_regularizer=other, **arguments)
 
 
-@keras.saving.register_keras_serializable(package="lbe_ops")
-class Dense_LBE(keras.layers.Dense):
-    """`keras.layers.Dense` with LBE on its output.
-
-    Args:
-        *args: as for `keras.layers.Dense`.
-        LBE_alpha: initial entropy to reach, in nats; trained (see `LBERegularizer`).
-        LBE_alpha_min: what it cannot fall below.
-        LBE_beta: weight of this layer's LBE.
-        activity_regularizer: one more activity regularizer, beside LBE; or an
-            `LBERegularizer`, which is then used as it is in place of `LBE_...`.
-        **kwargs: as for `keras.layers.Dense`.
-
-    Example:
-
-    >>> layer = Dense_LBE(32, activation="relu", LBE_alpha=3.0, LBE_alpha_min=0.3)
-    """
+class _LBE:
+    """Before a layer class: the arguments that `Dense_LBE` and `Conv2D_LBE` add."""
 
     def __init__(
         self,
@@ -69,7 +54,26 @@ class Dense_LBE(keras.layers.Dense):
 
 
 @keras.saving.register_keras_serializable(package="lbe_ops")
-class Conv2D_LBE(keras.layers.Conv2D):
+class Dense_LBE(_LBE, keras.layers.Dense):
+    """`keras.layers.Dense` with LBE on its output.
+
+    Args:
+        *args: as for `keras.layers.Dense`.
+        LBE_alpha: initial entropy to reach, in nats; trained (see `LBERegularizer`).
+        LBE_alpha_min: what it cannot fall below.
+        LBE_beta: weight of this layer's LBE.
+        activity_regularizer: one more activity regularizer, beside LBE; or an
+            `LBERegularizer`, which is then used as it is in place of `LBE_...`.
+        **kwargs: as for `keras.layers.Dense`.
+
+    Example:
+
+    >>> layer = Dense_LBE(32, activation="relu", LBE_alpha=3.0, LBE_alpha_min=0.3)
+    """
+
+
+@keras.saving.register_keras_serializable(package="lbe_ops")
+class Conv2D_LBE(_LBE, keras.layers.Conv2D):
     """`keras.layers.Conv2D` with LBE on its output; see `Dense_LBE`.
 
     Every position of every channel is a unit of its own.
@@ -87,23 +91,6 @@ class Conv2D_LBE(keras.layers.Conv2D):
 
     >>> layer = Conv2D_LBE(16, 3, activation="relu", LBE_beta=0.5)
     """
-
-    def __init__(
-        self,
-        *args: Any,
-        LBE_alpha: float = 6.0,
-        LBE_alpha_min: float = 0.5,
-        LBE_beta: float = 1.0,
-        activity_regularizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        regularizer = _regularizer(
-            activity_regularizer,
-            lbe_alpha=LBE_alpha,
-            lbe_alpha_min=LBE_alpha_min,
-            lbe_beta=LBE_beta,
-        )
-        super().__init__(*args, activity_regularizer=regularizer, **kwargs)
 
 
 def with_lbe(layer: AnyLayer, **arguments: Any) -> AnyLayer:

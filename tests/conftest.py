@@ -121,6 +121,11 @@ def rng():
     return np.random.default_rng(0)
 
 
+def samples(*shape, seed=0, dtype=np.float32):
+    """Normal random values of mean 0 and variance 1."""
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
 def tensor(values, dtype):
     """values as a tensor, and what it holds after rounding, in float64."""
     rounded = tf.cast(tf.constant(np.asarray(values)), dtype)

@@ -40,6 +40,11 @@ def batch_entropy(x, ddof=0, scale=SCALE, offset=OFFSET):
     return unit_entropy(x, ddof, scale, offset).mean()
 
 
+def lbe(x, alpha=0.75, alpha_min=0.25, beta=0.5):
+    """LBE of a layer with activations x."""
+    return beta * (batch_entropy(x) - max(alpha_min, abs(alpha))) ** 2
+
+
 def batch_entropy_grad(x, ddof=0, scale=SCALE, offset=OFFSET):
     """dH/dx, of x's shape."""
     n, units = flat(x).shape

@@ -8,13 +8,9 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
+from conftest import samples
 
 from lbe_ops import BatchEntropyLogger, Dense_LBE, LBEModel
-
-
-def samples(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
 
 X, Y, PROBE = samples(12, 5), samples(12, 2, seed=1), samples(9, 5, seed=2)
 

@@ -4,6 +4,7 @@
 import keras
 import numpy as np
 import pytest
+from conftest import samples
 
 from lbe_ops import (
     Conv2D_LBE,
@@ -13,10 +14,6 @@ from lbe_ops import (
     add_lbe,
     with_lbe,
 )
-
-
-def samples(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
+from conftest import samples
 
 from lbe_ops import Dense_LBE, LBEModel, LBERegularizer
 
@@ -22,14 +23,6 @@ from lbe_ops import Dense_LBE, LBEModel, LBERegularizer
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning")
 
 SETTING = {"LBE_alpha": 0.75, "LBE_alpha_min": 0.25, "LBE_beta": 0.5}
-
-
-def numpy_lbe(x, alpha=0.75, alpha_min=0.25, beta=0.5):
-    return beta * (oracle.batch_entropy(x) - max(alpha_min, abs(alpha))) ** 2
-
-
-def samples(*shape, seed=0, dtype=np.float32):
-    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
 X, Y = samples(12, 5), samples(12, 2, seed=1)
@@ -73,7 +66,7 @@ def expected_logs(model, layers, x=X, y=Y, strength=1.5):
     activations = x
     for layer in layers:
         activations = layer(activations).numpy()
-        lbe.append(numpy_lbe(activations, float(layer.activity_regularizer.alpha)))
+        lbe.append(oracle.lbe(activations, float(layer.activity_regularizer.alpha)))
     y_pred = model.predict(x, verbose=0).astype(np.float64)
     ce = np.mean((y_pred - y) ** 2)
     return {
@@ -130,7 +123,7 @@ def test_gradient_against_finite_differences():
         h1 = np.tanh(x @ k1 + b1)
         h2 = np.tanh(h1 @ k2 + b2)
         ce = np.mean((h2 @ k3 + b3 - y) ** 2)
-        lbe = np.mean([numpy_lbe(h, a) for h, a in zip((h1, h2), alphas, strict=True)])
+        lbe = np.mean([oracle.lbe(h, a) for h, a in zip((h1, h2), alphas, strict=True)])
         return ce * (1 + 0.7 * lbe)
 
     def weights():
@@ -189,7 +182,7 @@ def test_several_outputs_weights_sample_weights_and_other_losses():
     logs = model.train_on_batch(X, y, sample_weight=weights, return_dict=True)
 
     hidden = regularized(X)
-    lbe = numpy_lbe(hidden)
+    lbe = oracle.lbe(hidden)
     l1 = 0.01 * np.abs(hidden).sum(dtype=np.float64)
     if tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 14):
         l1 /= len(X)
@@ -255,7 +248,7 @@ def test_an_lbe_model_inside_a_plain_model_adds_its_lbe():
     model = build([nested], model=keras.Model)
     model.compile(keras.optimizers.SGD(0.0), "mse")
     logs = model.train_on_batch(X, Y, return_dict=True)
-    expected = expected_logs(model, layers)["ce"] + numpy_lbe(layers[0](X))
+    expected = expected_logs(model, layers)["ce"] + oracle.lbe(layers[0](X))
     assert logs == {"loss": pytest.approx(expected, rel=1e-5)}
 
 

@@ -2,9 +2,9 @@
 //
 // The boundary between kernels and frameworks: what the launchers take.
 //
-// Called by tf_ops.cc and numpy_module.cc; no type of TensorFlow, XLA or
-// pybind11 crosses it. Kernels do not allocate, do not throw and know no
-// framework.
+// Called by tf_ops.cc, xla_ops.cc and numpy_module.cc; no type of TensorFlow,
+// XLA, pybind11 or CUDA crosses it. Kernels do not allocate, do not throw and
+// know no framework.
 
 #ifndef LBE_OPS_CC_KERNELS_H_
 #define LBE_OPS_CC_KERNELS_H_
@@ -87,6 +87,51 @@ void BatchEntropyGradCpu(const Parallel& parallel, DType dtype, const void* x,
 // the processor has, unless the environment variable LBE_OPS_SIMD names a lower
 // one.
 const char* CpuSimdLevel();
+
+// The same on a GPU, in libraries that are built with CUDA (LBE_CUDA is then
+// defined). Pointers are to memory of the current device, `stream` is one of
+// its streams (a cudaStream_t). Nothing but launches on that stream: no
+// allocation, no synchronisation, so that calls can be captured in a CUDA
+// graph. Returns a cudaError_t: 0, or what CudaErrorMessage explains.
+//
+// Results are those of the CPU, bit for bit. `blocks` is how many blocks of
+// threads to aim for; results never depend on it.
+constexpr int kCudaBlocks = 1024;
+
+// Bytes of workspace, 16-byte aligned, for BatchEntropyForwardCuda.
+int64_t BatchEntropyForwardCudaWorkspace(DType dtype, int64_t rows,
+                                         int64_t units,
+                                         int blocks = kCudaBlocks);
+
+// `valid`, a scalar of the result type that becomes 1, may be null.
+int BatchEntropyForwardCuda(void* stream, DType dtype, const void* x,
+                            int64_t rows, int64_t units, const Formula& formula,
+                            void* workspace, void* mean, void* variance,
+                            void* entropy, void* valid,
+                            int blocks = kCudaBlocks);
+
+int BatchEntropyGradCuda(void* stream, DType dtype, const void* x, int64_t rows,
+                         int64_t units, const Formula& formula,
+                         const void* mean, const void* variance,
+                         const void* entropy_grad, const void* mean_grad,
+                         const void* variance_grad, void* dx,
+                         int blocks = kCudaBlocks);
+
+// Writes zeros.
+int SetZeroCuda(void* stream, void* data, int64_t bytes);
+
+// What went wrong and what to do about it. Static text.
+const char* CudaErrorMessage(int error);
+
+// The GPU that a process would use. Versions as CUDA has them: 13020 is 13.2.
+struct CudaSystem {
+  int toolkit;             // that built the kernels
+  int driver;              // the newest CUDA that the driver serves; 0: none
+  int error;               // why the kernels cannot run here, or 0
+  char device[256];        // name, empty where there is none
+  int compute_capability;  // 90 is 9.0
+};
+CudaSystem DescribeCuda();
 
 }  // namespace lbe
 

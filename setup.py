@@ -36,7 +36,11 @@ def tensorflow_requirement() -> list[str]:
 
 
 class CMakeBuild(build_ext):
-    """Puts `lbe_ops/libtf_ops.so` and the module `lbe_ops_numpy` into the wheel."""
+    """Puts `lbe_ops/libtf_ops.so` and the module `lbe_ops_numpy` into the wheel.
+
+    The environment variables LBE_CUDA and LBE_XLA (AUTO, ON or OFF) are CMake's options
+    of that name.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         output = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -57,6 +61,9 @@ class CMakeBuild(build_ext):
             f"-DLBE_OUTPUT_DIR={output}",
             f"-DLBE_VERSION={self.distribution.get_version()}",
         ]
+        for option in ("LBE_CUDA", "LBE_XLA"):
+            if option in os.environ:
+                configure.append(f"-D{option}={os.environ[option]}")
         subprocess.run(configure, env=env, check=True)
         subprocess.run([cmake, "--build", build], env=env, check=True)
 

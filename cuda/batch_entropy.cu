@@ -37,16 +37,17 @@ static_assert(kSumLanes == kThreads, "SumGroups has a thread for each lane");
 template <typename Element>
 constexpr int kColumns = 16 / sizeof(Element);
 
-// A thread of Statistics holds at most 2^kRunLevels leaves' worth of moments in
-// registers; one of Merge, which rarely has more than one node, as many as
-// there can be, in local memory.
-constexpr int kRunLevels = 3;
-constexpr int kMergeLevels = 40;
+// A thread of Statistics reads at most 2^kRunLevels leaves, whose moments it
+// keeps in registers.
+constexpr int kRunLevels = 2;
+constexpr int kRunRows = kLeafRows << kRunLevels;
+
+// Splits of 2^kMergeLevels nodes are more than there can be.
 constexpr int kMergeColumns = 2;
+constexpr int kMergeLevels = 40;
 static_assert(kMergeColumns * kLanes == kGroupUnits, "a block is a group");
 
-// Rows that a thread of Gradient has in flight, and handles at most.
-constexpr int kGradientBatch = 8;
+// Rows that a thread of Gradient handles at most.
 constexpr int kGradientRows = 64;
 
 template <typename Element>
@@ -106,21 +107,17 @@ LBE_MATH int64_t RowsOf(int64_t first, int64_t count, int64_t rows) {
 
 // How x [rows, units] is cut. A block has `lanes` threads side by side, each
 // with so many columns, and kThreads / lanes groups of such threads one below
-// the other. A group has `run` leaves, a power of two.
+// the other, each with `run_rows` rows.
 struct Cut {
   int64_t rows;
   int64_t units;
   int lanes;
-  int run;
-  int64_t leaf_rows;
+  int groups;  // kThreads / lanes
+  int64_t run_rows;
   int64_t tiles;   // blocks side by side
   int64_t splits;  // blocks one below the other
 
-  __host__ __device__ int groups() const { return kThreads / lanes; }
-  __host__ __device__ int64_t run_rows() const { return run * leaf_rows; }
-  __host__ __device__ int64_t block_rows() const {
-    return groups() * run_rows();
-  }
+  __host__ __device__ int64_t block_rows() const { return groups * run_rows; }
 };
 
 // The place of a thread in its block, and of its block in x.
@@ -130,19 +127,32 @@ struct Place {
   int64_t tile;
   int64_t split;
 
-  __device__ explicit Place(const Cut& cut)
-      : lane(threadIdx.x % cut.lanes),
-        group(threadIdx.x / cut.lanes),
-        tile(blockIdx.x % cut.tiles),
-        split(blockIdx.x / cut.tiles) {}
+  __device__ explicit Place(const Cut& cut) {
+    const unsigned lanes = cut.lanes,
+                   tiles = cut.tiles;  // 32 bits divide faster
+    lane = threadIdx.x % lanes;
+    group = threadIdx.x / lanes;
+    tile = blockIdx.x % tiles;
+    split = blockIdx.x / tiles;
+  }
 };
 
-// Column of the tile at which vector `piece` of a thread starts: the vectors of
-// threads side by side are, too.
+// The vectors of a thread in each row: where they start in the tile, and
+// whether x goes so far. Those of threads side by side are contiguous.
 template <int kVector>
-__device__ int ColumnInTile(const Cut& cut, int lane, int piece) {
-  return (piece * cut.lanes + lane) * kVector;
-}
+struct Pieces {
+  int first;
+  int step;
+  int columns;  // of the tile that x has
+
+  __device__ Pieces(const Cut& cut, const Place& place, int tile_columns)
+      : first(place.lane * kVector),
+        step(cut.lanes * kVector),
+        columns(static_cast<int>(
+            RowsOf(place.tile * tile_columns, tile_columns, cut.units))) {}
+  __device__ int column(int piece) const { return first + piece * step; }
+  __device__ bool inside(int piece) const { return column(piece) < columns; }
+};
 
 template <int kCount, typename Scalar>
 __device__ void MergeColumns(const Moments<Scalar>* left, int64_t left_rows,
@@ -174,48 +184,20 @@ __device__ void MergeEight(Moments<Scalar>* nodes, int64_t first,
   }
 }
 
-// The moments of a block's rows, for the columns of its tile: thread t returns
-// those of column t of the tile, if the tile has as many. `leaf(k, rows, node)`
-// makes the node [kCount] of leaf k of the thread's run, of `rows` rows;
-// vectors of kVector columns are contiguous. Has barriers: all threads must
-// call it.
-template <typename Scalar, int kCount, int kVector, int kLevels, typename Leaf>
-__device__ Moments<Scalar> BlockMoments(const Cut& cut, const Place& place,
-                                        const Leaf& leaf) {
+// Merges the nodes [kCount] of all groups of a block, each over its run, the
+// first of which starts at row `first`: thread t returns the moments of column
+// t of the tile, if the tile has as many. Vectors of kVector columns of a
+// thread are contiguous. Has barriers: all threads must call it.
+template <int kCount, int kVector, typename Scalar>
+__device__ Moments<Scalar> MergeGroups(const Cut& cut, const Place& place,
+                                       const Pieces<kVector>& pieces,
+                                       int64_t first, Moments<Scalar>* node) {
   LBE_SHARED(Moments<Scalar>, shared, kWarps * kLanes * kCount);
-  const int64_t block_first = place.split * cut.block_rows();
-  const int64_t first = block_first + place.group * cut.run_rows();
-  const int64_t own_rows = RowsOf(first, cut.run_rows(), cut.rows);
-
-  // The tree over the thread's own leaves, as a binary counter: level l of the
-  // stack holds the node over 2^l leaves where bit l of their count is set. The
-  // last leaf merges with all that is left.
-  Moments<Scalar> node[kCount] = {};
-  Moments<Scalar> stack[kLevels][kCount];
-  for (int64_t k = 0; k * cut.leaf_rows < own_rows; ++k) {
-    int64_t merged = RowsOf(k * cut.leaf_rows, cut.leaf_rows, own_rows);
-    const bool last = (k + 1) * cut.leaf_rows >= own_rows;
-    leaf(k, merged, node);
-#pragma unroll(kLevels <= kRunLevels ? kLevels : 1)
-    for (int level = 0; level < kLevels; ++level) {
-      const int64_t left_rows = cut.leaf_rows << level;
-      if (k >> level & 1) {
-        MergeColumns<kCount>(stack[level], left_rows, node, merged, node);
-        merged += left_rows;
-      } else if (!last) {
-#pragma unroll
-        for (int c = 0; c < kCount; ++c) stack[level][c] = node[c];
-        break;
-      } else if (k >> level == 0) {
-        break;
-      }
-    }
-  }
-
   // The groups of a warp, pairwise; the result is in the first lanes.
-  int64_t rows = cut.run_rows();
+  const int64_t own_first = first + place.group * cut.run_rows;
+  int64_t rows = cut.run_rows;
   for (int lanes = cut.lanes; lanes < kLanes; lanes *= 2, rows *= 2) {
-    const int64_t right_rows = RowsOf(first + rows, rows, cut.rows);
+    const int64_t right_rows = RowsOf(own_first + rows, rows, cut.rows);
     Moments<Scalar> right[kCount];
 #pragma unroll
     for (int c = 0; c < kCount; ++c) {
@@ -226,15 +208,13 @@ __device__ Moments<Scalar> BlockMoments(const Cut& cut, const Place& place,
       MergeColumns<kCount>(node, rows, right, right_rows, node);
     }
   }
-
-  // The warps, through shared memory. A warp has `rows` rows.
+  // The warps, of `rows` rows each, through shared memory.
   const int tile_columns = cut.lanes * kCount;
   const int warp = threadIdx.x / kLanes;
   if (threadIdx.x % kLanes < cut.lanes) {
 #pragma unroll
     for (int c = 0; c < kCount; ++c) {
-      const int column =
-          ColumnInTile<kVector>(cut, place.lane, c / kVector) + c % kVector;
+      const int column = pieces.column(c / kVector) + c % kVector;
       shared[warp * tile_columns + column] = node[c];
     }
   }
@@ -245,7 +225,7 @@ __device__ Moments<Scalar> BlockMoments(const Cut& cut, const Place& place,
     for (int w = 0; w < kWarps; ++w) {
       nodes[w] = shared[w * tile_columns + threadIdx.x];
     }
-    MergeEight(nodes, block_first, rows, cut.rows);
+    MergeEight(nodes, first, rows, cut.rows);
   }
   return nodes[0];
 }
@@ -327,80 +307,105 @@ struct Partials {
   unsigned* ticket;
 };
 
-// Moments of leaf rows [0, rows) of the columns of a thread, which start at
-// x + offset[piece] where column[piece] < units.
+// Moments of leaf rows [0, rows) of the columns of a thread; x is the tile's
+// first row.
 template <typename Element, int kVector, typename Scalar>
-__device__ void LoadLeaf(const Element* x, int64_t pitch, int64_t rows,
-                         const bool* inside, const int* column,
-                         Moments<Scalar>* node) {
-  constexpr int kPieces = kColumns<Element> / kVector;
-  Vector<Element, kVector> values[kLeafRows][kPieces];
+__device__ __forceinline__ void LoadLeaf(const Element* x, int64_t pitch,
+                                         int rows,
+                                         const Pieces<kVector>& pieces,
+                                         Moments<Scalar>* node) {
 #pragma unroll
-  for (int r = 0; r < kLeafRows; ++r) {
+  for (int piece = 0; piece < kColumns<Element> / kVector; ++piece) {
+    Vector<Element, kVector> values[kLeafRows] = {};
+    if (pieces.inside(piece)) {
+      const Element* from = x + pieces.column(piece);
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      values[r][piece] = {};
-      if (r < rows && inside[piece]) {
-        values[r][piece] = *reinterpret_cast<const Vector<Element, kVector>*>(
-            x + r * pitch + column[piece]);
+      for (int r = 0; r < kLeafRows; ++r, from += pitch) {
+        if (r < rows) {
+          values[r] = *reinterpret_cast<const Vector<Element, kVector>*>(from);
+        }
       }
     }
-  }
 #pragma unroll
-  for (int c = 0; c < kColumns<Element>; ++c) {
-    Scalar of_column[kLeafRows];
+    for (int i = 0; i < kVector; ++i) {
+      Scalar of_column[kLeafRows];
 #pragma unroll
-    for (int r = 0; r < kLeafRows; ++r) {
-      of_column[r] =
-          Numbers<Element>::Load(values[r][c / kVector].elements[c % kVector]);
+      for (int r = 0; r < kLeafRows; ++r) {
+        of_column[r] = Numbers<Element>::Load(values[r].elements[i]);
+      }
+      node[piece * kVector + i] = LeafMoments<Scalar>(of_column, rows);
     }
-    node[c] = LeafMoments<Scalar>(of_column, static_cast<int>(rows));
   }
 }
 
-// 16-bit elements have twice the columns in registers.
-template <typename Element>
-constexpr int kStatisticsBlocks = sizeof(Element) == 2 ? 2 : 3;
+// The tree over a thread's leaves, as a binary counter: level l of the stack
+// holds the node over 2^l leaves where bit l of their count, k before this one,
+// is set. The node of leaf k merges with those that it completes, the last one
+// with all that are left. Unrolled, so that the stack stays in registers.
+template <int kLevel, int kCount, typename Scalar>
+__device__ __forceinline__ void Push(int k, bool last, int rows,
+                                     Moments<Scalar> (*stack)[kCount],
+                                     Moments<Scalar>* node) {
+  if constexpr (kLevel < kRunLevels) {
+    if (k >> kLevel & 1) {
+      MergeColumns<kCount>(stack[kLevel], kLeafRows << kLevel, node, rows,
+                           node);
+      rows += kLeafRows << kLevel;
+    } else if (!last) {
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) stack[kLevel][c] = node[c];
+      return;
+    }
+    Push<kLevel + 1>(k, last, rows, stack, node);
+  }
+}
+
+// Blocks on a multiprocessor at once, for which the compiler leaves registers.
+template <typename Element, int kVector>
+constexpr int kStatisticsBlocks = sizeof(Element) == 2 && kVector == 1  ? 1
+                                  : sizeof(Element) == 4 && kVector > 1 ? 3
+                                                                        : 2;
 
 template <typename Element, int kVector>
-__global__ void __launch_bounds__(kThreads, kStatisticsBlocks<Element>)
+__global__ void __launch_bounds__(kThreads, kStatisticsBlocks<Element, kVector>)
     Statistics(const Element* x, Cut cut,
                Results<typename Numbers<Element>::Scalar> results,
                Partials<typename Numbers<Element>::Scalar> partials) {
   using Scalar = typename Numbers<Element>::Scalar;
   constexpr int kCount = kColumns<Element>;
-  constexpr int kPieces = kCount / kVector;
   const Place place(cut);
   const int tile_columns = cut.lanes * kCount;
   const int64_t tile_column = place.tile * tile_columns;
-  const Element* run =
-      x +
-      (place.split * cut.block_rows() + place.group * cut.run_rows()) *
-          cut.units +
-      tile_column;
-  bool inside[kPieces];
-  int columns[kPieces];
-#pragma unroll
-  for (int piece = 0; piece < kPieces; ++piece) {
-    columns[piece] = ColumnInTile<kVector>(cut, place.lane, piece);
-    inside[piece] = tile_column + columns[piece] < cut.units;
+  const int64_t first = place.split * cut.block_rows();
+  const int64_t own_first = first + place.group * cut.run_rows;
+  const int own_rows =
+      static_cast<int>(RowsOf(own_first, cut.run_rows, cut.rows));
+  const Pieces<kVector> pieces(cut, place, tile_columns);
+
+  Moments<Scalar> node[kCount] = {};
+  Moments<Scalar> stack[kRunLevels][kCount];
+  const Element* from = x + own_first * cut.units + tile_column;
+#pragma unroll 1
+  for (int k = 0; k * kLeafRows < own_rows; ++k) {
+    const int rows = min(own_rows - k * kLeafRows, kLeafRows);
+    if (rows == kLeafRows) {  // without a condition for each row
+      LoadLeaf(from, cut.units, kLeafRows, pieces, node);
+    } else {
+      LoadLeaf(from, cut.units, rows, pieces, node);
+    }
+    Push<0>(k, (k + 1) * kLeafRows >= own_rows, rows, stack, node);
+    from += kLeafRows * cut.units;
   }
-  const auto leaf = [&](int64_t k, int64_t rows, Moments<Scalar>* node) {
-    const Element* from = run + k * kLeafRows * cut.units;
-    // A full leaf without a condition for each row.
-    LoadLeaf<Element, kVector>(from, cut.units,
-                               rows == kLeafRows ? kLeafRows : rows, inside,
-                               columns, node);
-  };
   const Moments<Scalar> moments =
-      BlockMoments<Scalar, kCount, kVector, kRunLevels>(cut, place, leaf);
+      MergeGroups<kCount>(cut, place, pieces, first, node);
+
   if (cut.splits == 1) {
     Finish(cut, place.tile, tile_columns, moments, results);
     if (cut.tiles == 1) {
       __syncthreads();
       SumGroups(cut.units, results);
     }
-    return;  // the whole grid does
+    return;  // all threads of all blocks do
   }
   const int64_t column = tile_column + threadIdx.x;
   if (threadIdx.x < tile_columns && column < cut.units) {
@@ -410,38 +415,63 @@ __global__ void __launch_bounds__(kThreads, kStatisticsBlocks<Element>)
   if (blockIdx.x == 0 && threadIdx.x == 0) *partials.ticket = 0;
 }
 
-// The moments of all splits to one; a leaf is the node over eight of them. The
-// last block to finish adds up the groups.
+// The moments of all splits to one. The last block to finish adds up the
+// groups.
 template <typename Scalar>
 __global__ void __launch_bounds__(kThreads)
     MergeSplits(Cut cut, int64_t split_rows, Results<Scalar> results,
                 Partials<Scalar> partials) {
   LBE_SHARED(bool, is_last, 1);
+  constexpr int kAtOnce = 8;
   const Place place(cut);
   const int tile_columns = cut.lanes * kMergeColumns;
   const int64_t tile_column = place.tile * tile_columns;
-  const int64_t first_split = place.group * int64_t{cut.run} * 8;
-  const int64_t all_splits = CeilDiv(cut.rows, split_rows);
-  const auto leaf = [&](int64_t k, int64_t, Moments<Scalar>* node) {
-    const int64_t split = first_split + k * 8;
+  const Pieces<1> pieces(cut, place, tile_columns);
+  const int64_t own_first = place.group * cut.run_rows;
+  const int64_t own_rows = RowsOf(own_first, cut.run_rows, cut.rows);
+  const int64_t node_rows = kAtOnce * split_rows;
+
+  // The tree over the nodes of kAtOnce splits each, again as a binary counter.
+  // The stack is in local memory: few batches are so long that a thread has
+  // more than one node.
+  Moments<Scalar> node[kMergeColumns] = {};
+  Moments<Scalar> stack[kMergeLevels][kMergeColumns];
+#pragma unroll 1
+  for (int64_t k = 0; k * node_rows < own_rows; ++k) {
+    const int64_t node_first = own_first + k * node_rows;
+    int64_t rows = RowsOf(node_first, node_rows, cut.rows);
 #pragma unroll
     for (int c = 0; c < kMergeColumns; ++c) {
-      const int64_t column = tile_column + ColumnInTile<1>(cut, place.lane, c);
-      Moments<Scalar> nodes[8];
+      const int64_t column = tile_column + pieces.column(c);
+      Moments<Scalar> nodes[kAtOnce] = {};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        nodes[i] = {};
-        if (column < cut.units && split + i < all_splits) {
-          const int64_t at = (split + i) * cut.units + column;
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (pieces.inside(c) && i * split_rows < rows) {
+          const int64_t at = (node_first / split_rows + i) * cut.units + column;
           nodes[i] = {partials.mean[at], partials.m2[at]};
         }
       }
-      MergeEight(nodes, split * split_rows, split_rows, cut.rows);
+      MergeEight(nodes, node_first, split_rows, cut.rows);
       node[c] = nodes[0];
     }
-  };
+    const bool last = (k + 1) * node_rows >= own_rows;
+    int level = 0;
+#pragma unroll 1
+    for (; k >> level != 0; ++level) {
+      if (k >> level & 1) {
+        const int64_t left_rows = node_rows << level;
+        MergeColumns<kMergeColumns>(stack[level], left_rows, node, rows, node);
+        rows += left_rows;
+      } else if (!last) {
+        break;
+      }
+    }
+    if (!last) {
+      for (int c = 0; c < kMergeColumns; ++c) stack[level][c] = node[c];
+    }
+  }
   const Moments<Scalar> moments =
-      BlockMoments<Scalar, kMergeColumns, 1, kMergeLevels>(cut, place, leaf);
+      MergeGroups<kMergeColumns>(cut, place, pieces, 0, node);
   Finish(cut, place.tile, tile_columns, moments, results);
   // Thread 0 wrote the only sum of this block.
   if (threadIdx.x == 0) {
@@ -473,78 +503,83 @@ struct GradientArguments {
   GradientFactors<Scalar> factors;
 };
 
+// Rows that a thread has in flight, fewer where each is read in many pieces,
+// and blocks on a multiprocessor.
+template <typename Element, int kVector>
+constexpr int kGradientBatch = kVector == 1 ? 2 : 4;
+template <typename Element, int kVector>
+constexpr int kGradientBlocks = kVector == kColumns<Element> ? 4 : 2;
+
 // A block has the rows of its split, its groups one row each in turn.
 template <typename Element, int kVector, bool kOffset>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kGradientBlocks<Element, kVector>)
     Gradient(GradientArguments<Element> a, Cut cut) {
   using Scalar = typename Numbers<Element>::Scalar;
   using Piece = Vector<Element, kVector>;
   constexpr int kCount = kColumns<Element>;
   constexpr int kPieces = kCount / kVector;
+  constexpr int kBatch = kGradientBatch<Element, kVector>;
   const Place place(cut);
-  const int64_t tile_column = place.tile * cut.lanes * kCount;
+  const int tile_columns = cut.lanes * kCount;
+  const int64_t tile_column = place.tile * tile_columns;
+  const Pieces<kVector> pieces(cut, place, tile_columns);
   const Scalar entropy_share = EntropyShare(*a.entropy_grad, a.factors);
-  bool inside[kPieces];
-  int columns[kPieces];
-  Scalar mean[kCount], slope[kCount], offset[kOffset ? kCount : 1];
+  Scalar mean[kCount] = {}, slope[kCount] = {}, offset[kCount] = {};
 #pragma unroll
   for (int c = 0; c < kCount; ++c) {
-    const int piece = c / kVector;
-    columns[piece] = ColumnInTile<kVector>(cut, place.lane, piece);
-    inside[piece] = tile_column + columns[piece] < cut.units;
-    mean[c] = slope[c] = 0;
-    if constexpr (kOffset) offset[c] = 0;
-    if (inside[piece]) {
-      const int64_t column = tile_column + columns[piece] + c % kVector;
-      mean[c] = a.mean[column];
-      slope[c] = EntropySlope(a.variance[column], entropy_share, a.factors);
-      if constexpr (kOffset) {
-        slope[c] += VarianceSlope(a.variance_grad[column], a.factors);
-        offset[c] = MeanOffset(a.mean_grad[column], a.factors);
-      }
+    if (!pieces.inside(c / kVector)) continue;
+    const int64_t column =
+        tile_column + pieces.column(c / kVector) + c % kVector;
+    mean[c] = a.mean[column];
+    slope[c] = EntropySlope(a.variance[column], entropy_share, a.factors);
+    if constexpr (kOffset) {
+      slope[c] += VarianceSlope(a.variance_grad[column], a.factors);
+      offset[c] = MeanOffset(a.mean_grad[column], a.factors);
     }
   }
-  const int groups = cut.groups();
   const int64_t split_first = place.split * cut.block_rows();
-  const int64_t end =
-      split_first + RowsOf(split_first, cut.block_rows(), cut.rows);
-  for (int64_t row = split_first + place.group; row < end;
-       row += groups * kGradientBatch) {
+  const int64_t own_first = split_first + place.group;
+  const int64_t split_rows = RowsOf(split_first, cut.block_rows(), cut.rows);
+  int rest = static_cast<int>(split_rows) - place.group;
+  const int64_t step = cut.groups * cut.units;
+  const Element* from = a.x + own_first * cut.units + tile_column;
+  Element* to = a.dx + own_first * cut.units + tile_column;
+#pragma unroll 1
+  for (; rest > 0; rest -= kBatch * cut.groups) {
     // All rows are read before one is written: dx may be x.
-    Piece values[kGradientBatch][kPieces];
+    Piece values[kBatch][kPieces];
 #pragma unroll
-    for (int r = 0; r < kGradientBatch; ++r) {
-      const Element* from = a.x + (row + r * groups) * cut.units + tile_column;
+    for (int r = 0; r < kBatch; ++r, from += step) {
+      if (r * cut.groups >= rest) continue;
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
-        if (row + r * groups < end && inside[piece]) {
+        if (pieces.inside(piece)) {
           values[r][piece] =
-              *reinterpret_cast<const Piece*>(from + columns[piece]);
+              *reinterpret_cast<const Piece*>(from + pieces.column(piece));
         }
       }
     }
 #pragma unroll
-    for (int r = 0; r < kGradientBatch; ++r) {
-      Element* to = a.dx + (row + r * groups) * cut.units + tile_column;
+    for (int r = 0; r < kBatch; ++r, to += step) {
+      if (r * cut.groups >= rest) continue;
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
-        if (row + r * groups < end && inside[piece]) {
-          Piece result;
+        if (!pieces.inside(piece)) continue;
+        Piece result;
 #pragma unroll
-          for (int i = 0; i < kVector; ++i) {
-            const int c = piece * kVector + i;
-            const Scalar value =
-                Numbers<Element>::Load(values[r][piece].elements[i]);
-            if constexpr (kOffset) {
-              result.elements[i] = Numbers<Element>::Round(
-                  UnitGradient(value, mean[c], slope[c], offset[c]));
-            } else {
-              result.elements[i] = Numbers<Element>::Round(
-                  UnitGradient(value, mean[c], slope[c]));
-            }
+        for (int i = 0; i < kVector; ++i) {
+          const int c = piece * kVector + i;
+          const Scalar value =
+              Numbers<Element>::Load(values[r][piece].elements[i]);
+          if constexpr (kOffset) {
+            result.elements[i] = Numbers<Element>::Round(
+                UnitGradient(value, mean[c], slope[c], offset[c]));
+          } else {
+            result.elements[i] =
+                Numbers<Element>::Round(UnitGradient(value, mean[c], slope[c]));
           }
-          *reinterpret_cast<Piece*>(to + columns[piece]) = result;
         }
+        *reinterpret_cast<Piece*>(to + pieces.column(piece)) = result;
       }
     }
   }
@@ -556,54 +591,53 @@ int PowerOfTwoFrom(int64_t value, int largest) {
   return power;
 }
 
-// Cuts for threads of `columns` columns and for leaves of `leaf_rows` rows.
-// Shorter runs where there would be too few blocks; but two leaves rather than
-// a second launch.
-Cut CutStatistics(int64_t rows, int64_t units, int columns, int64_t leaf_rows,
-                  int64_t blocks) {
-  Cut cut = {rows, units, 0, 1 << kRunLevels, leaf_rows, 0, 0};
-  cut.lanes = PowerOfTwoFrom(CeilDiv(units, columns), kLanes);
-  cut.tiles = CeilDiv(units, cut.lanes * columns);
-  cut.splits = CeilDiv(rows, cut.block_rows());
-  while (cut.run > 1 && cut.tiles * cut.splits < blocks &&
-         !(cut.tiles * cut.splits == 1 && cut.run == 2)) {
-    cut.run /= 2;
-    cut.splits = CeilDiv(rows, cut.block_rows());
+Cut CutColumns(int64_t rows, int64_t units, int columns, int lanes) {
+  const int64_t tiles = CeilDiv(units, int64_t{lanes} * columns);
+  return {rows, units, lanes, kThreads / lanes, 0, tiles, 1};
+}
+
+// Halves the runs, down to `shortest` rows, where there would be fewer blocks
+// than wanted.
+void CutRows(int64_t longest, int64_t shortest, int64_t blocks, Cut* cut) {
+  cut->run_rows = longest;
+  cut->splits = CeilDiv(cut->rows, cut->block_rows());
+  while (cut->run_rows > shortest && cut->tiles * cut->splits < blocks) {
+    cut->run_rows /= 2;
+    cut->splits = CeilDiv(cut->rows, cut->block_rows());
   }
+}
+
+// Cuts for threads of `columns` columns.
+Cut CutStatistics(int64_t rows, int64_t units, int columns, int64_t blocks) {
+  Cut cut = CutColumns(rows, units, columns,
+                       PowerOfTwoFrom(CeilDiv(units, columns), kLanes));
+  // Two leaves in each thread of a single block, rather than a second launch.
+  const bool one_block = cut.tiles == 1 && rows <= 2 * kLeafRows * cut.groups;
+  CutRows(kRunRows, one_block ? 2 * kLeafRows : kLeafRows, blocks, &cut);
   return cut;
 }
 
 // All splits in one block, for each group of columns.
 Cut CutMerge(const Cut& statistics) {
-  Cut cut = {statistics.rows,
-             statistics.units,
-             0,
-             1,
-             8 * statistics.block_rows(),
-             0,
-             1};
-  cut.lanes = PowerOfTwoFrom(CeilDiv(cut.units, kMergeColumns), kLanes);
-  cut.tiles = CeilDiv(cut.units, cut.lanes * kMergeColumns);
-  while (cut.block_rows() < cut.rows) cut.run *= 2;
+  Cut cut = CutColumns(
+      statistics.rows, statistics.units, kMergeColumns,
+      PowerOfTwoFrom(CeilDiv(statistics.units, kMergeColumns), kLanes));
+  cut.run_rows = 8 * statistics.block_rows();
+  while (cut.block_rows() < cut.rows) cut.run_rows *= 2;
   return cut;
 }
 
 // As many threads side by side as leave few of them without a column: rows are
 // then read and written in long pieces.
 Cut CutGradient(int64_t rows, int64_t units, int columns, int64_t blocks) {
-  Cut cut = {rows, units, 0, kGradientRows, 1, 0, 0};
   const int64_t vectors = CeilDiv(units, columns);
-  cut.lanes = PowerOfTwoFrom(vectors, kThreads);
-  while (cut.lanes > kLanes &&
-         CeilDiv(vectors, cut.lanes) * cut.lanes > vectors + vectors / 8) {
-    cut.lanes /= 2;
+  int lanes = PowerOfTwoFrom(vectors, kThreads);
+  while (lanes > kLanes &&
+         CeilDiv(vectors, lanes) * lanes > vectors + vectors / 8) {
+    lanes /= 2;
   }
-  cut.tiles = CeilDiv(vectors, cut.lanes);
-  cut.splits = CeilDiv(rows, cut.block_rows());
-  while (cut.run > kGradientBatch && cut.tiles * cut.splits < blocks) {
-    cut.run /= 2;
-    cut.splits = CeilDiv(rows, cut.block_rows());
-  }
+  Cut cut = CutColumns(rows, units, columns, lanes);
+  CutRows(kGradientRows, 4, blocks, &cut);
   return cut;
 }
 
@@ -723,7 +757,7 @@ int Backward(cudaStream_t stream, const void* x, const Cut& cut,
 
 template <typename Element>
 Cut CutForward(int64_t rows, int64_t units, int blocks) {
-  return CutStatistics(rows, units, kColumns<Element>, kLeafRows, blocks);
+  return CutStatistics(rows, units, kColumns<Element>, blocks);
 }
 
 }  // namespace

@@ -189,7 +189,7 @@ void BatchEntropyForwardCpu(const Parallel& parallel, DType dtype,
   };
   const auto finish = [&](int64_t column, int64_t columns) {
     loops.finish(rows, columns, formula, at(variance, column),
-                 sums + column / kGroupUnitsUnits);
+                 sums + column / kGroupUnits);
   };
   const auto columns_of = [&](int64_t tile) {
     return std::min(cut.tile_columns, units - tile * cut.tile_columns);

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures (path, mode, dtype) and the one table of tolerances."""
+"""Fixtures (device, path, dtype) and the one table of tolerances."""
 
 import dataclasses
 import importlib
+import importlib.util
 import os
+import pathlib
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -11,10 +13,19 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import hypothesis
 import numpy as np
 import pytest
-import tensorflow as tf
 
-import lbe_ops
-from lbe_ops import native
+if importlib.util.find_spec("tensorflow"):
+    import tensorflow as tf
+
+    import lbe_ops
+    from lbe_ops import native
+else:  # what tests lbe_ops_numpy alone runs without it, on GPU machines for one
+    served = {"test_cuda_arrays.py", "test_cuda_build.py", "test_numpy_module.py"}
+    collect_ignore = sorted(
+        path.name
+        for path in pathlib.Path(__file__).parent.glob("test_*.py")
+        if path.name not in served
+    )
 
 # The same examples in every run of CI; elsewhere new ones each time.
 hypothesis.settings.register_profile("ci", derandomize=True)
@@ -61,6 +72,30 @@ def import_numpy_module():
     return pytest.importorskip(
         "lbe_ops_numpy", reason="built without the native library"
     )
+
+
+def missing_gpu(reason):
+    """Skips where there is no GPU to test; fails where LBE_REQUIRE_GPU=1."""
+    if os.environ.get("LBE_REQUIRE_GPU") == "1":
+        pytest.fail(f"LBE_REQUIRE_GPU=1, but {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request):
+    """The TensorFlow device on which the ops of the test run."""
+    if request.param == "cpu":
+        with tf.device("/CPU:0"):
+            yield "/CPU:0"
+        return
+    if not tf.config.list_physical_devices("GPU"):
+        missing_gpu(f"TensorFlow {tf.__version__} sees no GPU")
+    require_native()
+    built = import_numpy_module().build_info()["cuda"]
+    if not built.startswith("CUDA"):
+        missing_gpu(f"the native library was built without CUDA: {built}")
+    with tf.device("/GPU:0"):
+        yield "/GPU:0"
 
 
 @pytest.fixture(params=DTYPES)

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -17,6 +18,12 @@
 namespace lbe {
 
 using Shape = std::vector<pybind11::ssize_t>;
+
+inline std::string Text(const Shape& shape) {
+  pybind11::tuple sizes(shape.size());
+  for (size_t i = 0; i < shape.size(); ++i) sizes[i] = shape[i];
+  return pybind11::str(sizes);
+}
 
 // x as [rows, units].
 struct Batch {

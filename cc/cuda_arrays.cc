@@ -99,10 +99,6 @@ int64_t ItemSize(const std::string& typestr) {
   return std::stoll(typestr.substr(2));
 }
 
-std::string Text(const Shape& shape) {
-  return py::str(py::tuple(py::cast(shape)));
-}
-
 py::ssize_t SizeOf(const py::handle& value) {
   return value.cast<py::ssize_t>();
 }
@@ -296,7 +292,11 @@ class CudaArray {
   }
 
   void* data() const { return memory_.data(); }
-  py::tuple shape() const { return py::tuple(py::cast(shape_)); }
+  py::tuple shape() const {
+    py::tuple sizes(shape_.size());
+    for (size_t i = 0; i < shape_.size(); ++i) sizes[i] = shape_[i];
+    return sizes;
+  }
   py::object dtype() const { return dtype_; }
   std::string Repr() const {
     return "<lbe_ops_numpy.CudaArray of shape " + Text(shape_) + " and dtype " +

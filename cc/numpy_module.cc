@@ -160,10 +160,9 @@ py::array Output(const py::object& array, const char* name, const Shape& shape,
       !(output.flags() & py::array::c_style)) {
     throw py::value_error(
         std::string(name) + " must be a writable array in C order of shape " +
-        std::string(py::str(py::tuple(py::cast(shape)))) + " and dtype " +
-        std::string(py::str(dtype)) + ". Received: shape " +
-        std::string(py::str(output.attr("shape"))) + " and dtype " +
-        std::string(py::str(output.dtype())));
+        Text(shape) + " and dtype " + std::string(py::str(dtype)) +
+        ". Received: shape " + std::string(py::str(output.attr("shape"))) +
+        " and dtype " + std::string(py::str(output.dtype())));
   }
   return output;
 }
@@ -305,7 +304,7 @@ py::dict BuildInfo() {
 }  // namespace
 }  // namespace lbe
 
-PYBIND11_MODULE(lbe_ops_numpy, module) {
+PYBIND11_MODULE(LBE_MODULE, module) {
   using lbe::kCudaBlocks;
   using py::object;
   module.doc() =

@@ -15,6 +15,7 @@ from conftest import (
     TOLERANCES,
     assert_grad,
     assert_statistics,
+    import_numpy_module,
     require_native,
     tensor,
 )
@@ -50,7 +51,7 @@ def result_dtype(dtype):
 
 @pytest.mark.parametrize("formula", FORMULAS, ids=lambda f: f"offset={f['offset']}")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_entropy_and_gradient(path, dtype, tolerance, shape, formula, rng):
+def test_entropy_and_gradient(device, path, dtype, tolerance, shape, formula, rng):
     x, exact = tensor(rng.normal(0.5, 2, shape), dtype)
     entropy, grad = value_and_grad(path, x, weight=-3.0, **formula)
     assert entropy.dtype == result_dtype(dtype)
@@ -66,7 +67,9 @@ def test_entropy_and_gradient(path, dtype, tolerance, shape, formula, rng):
 
 @pytest.mark.parametrize("ddof", [0, 1])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_unit_statistics_and_their_gradients(path, dtype, tolerance, shape, ddof, rng):
+def test_unit_statistics_and_their_gradients(
+    device, path, dtype, tolerance, shape, ddof, rng
+):
     x, exact = tensor(rng.normal(0.5, 2, shape), dtype)
     a, b, c = rng.normal(size=(3, *shape[1:])).astype(result_dtype(dtype).name)
 
@@ -158,7 +161,7 @@ def test_tiny_variances_are_not_lost(path):
     assert float(entropy) == pytest.approx(0.5 * oracle.SCALE * 1e-10, rel=1e-5)
 
 
-def test_dead_units_have_a_finite_gradient(path, dtype):
+def test_dead_units_have_a_finite_gradient(device, path, dtype):
     x, _ = tensor(np.zeros((4, 3)), dtype)
     entropy, grad = value_and_grad(path, x)
     assert float(entropy) == 0
@@ -167,7 +170,7 @@ def test_dead_units_have_a_finite_gradient(path, dtype):
 
 @pytest.mark.parametrize("unit", [3, 37], ids=["in a full line", "in the tail"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_nan_and_inf_come_out_as_nan(path, dtype, value, unit, rng):
+def test_nan_and_inf_come_out_as_nan(device, path, dtype, value, unit, rng):
     values = rng.normal(size=(9, 38))
     values[4, unit] = value
     x, _ = tensor(values, dtype)
@@ -193,7 +196,7 @@ def test_no_offset_and_no_variance_is_minus_infinity(path):
 
 
 @pytest.mark.parametrize("formula", FORMULAS, ids=lambda f: f"offset={f['offset']}")
-def test_gradient_of_the_gradient(path, dtype, tolerance, formula, rng):
+def test_gradient_of_the_gradient(device, path, dtype, tolerance, formula, rng):
     """Against finite differences of the oracle's gradient."""
     x, exact = tensor(rng.normal(size=(5, 3)), dtype)
     weights, direction = tensor(rng.normal(size=(5, 3)), dtype)
@@ -265,7 +268,7 @@ SIZES = [(0, 3), (1, 3), (1,), (0,), (4, 0), (4, 2, 0)]
 
 
 @pytest.mark.parametrize("shape", SIZES, ids=str)
-def test_too_few_samples_or_units_fail(path, dtype, shape):
+def test_too_few_samples_or_units_fail(device, path, dtype, shape):
     x = tf.zeros(shape, dtype)
     for function in (lbe_ops.batch_entropy, lbe_ops.unit_statistics):
         with pytest.raises(tf.errors.InvalidArgumentError, match="at least"):
@@ -320,7 +323,7 @@ def test_sizes_that_overflow_fail(native_ops):
 
 @pytest.mark.parametrize("offset", [1.0, 0.0])
 @pytest.mark.parametrize("shape", [*SIZES, (2, 3)], ids=str)
-def test_or_zero_adds_nothing_for_small_batches(path, dtype, shape, offset):
+def test_or_zero_adds_nothing_for_small_batches(device, path, dtype, shape, offset):
     x = tf.random.stateless_normal(shape, [1, 2], dtype=tf.float64)
     x = tf.cast(x, dtype)
 
@@ -408,6 +411,9 @@ def test_every_dtype_that_the_op_admits_has_kernels(native_ops):
         grad = native_ops.lbe_batch_entropy_grad(x, mean, variance, entropy, [])
         assert grad.dtype == dtype
 
+    # Kernels for the GPU are registered where there is none, too.
+    cuda = import_numpy_module().build_info()["cuda"]
+    devices = ("CPU", "GPU") if cuda.startswith("CUDA") else ("CPU",)
     for name in ("LBE>BatchEntropy", "LBE>BatchEntropyGrad"):
         definition = op_def_registry.get(name)
         (attribute,) = [a for a in definition.attr if a.name == "T"]
@@ -418,7 +424,7 @@ def test_every_dtype_that_the_op_admits_has_kernels(native_ops):
             for kernel in kernels.get_registered_kernels_for_op(name).kernel
             for constraint in kernel.constraint
         }
-        assert registered == {("CPU", dtype) for dtype in ops.DTYPES}
+        assert registered == {(d, dtype) for d in devices for dtype in ops.DTYPES}
 
 
 def test_the_ops_defaults_are_the_public_defaults(native_ops):
@@ -492,7 +498,7 @@ def test_the_raw_gradient_checks_its_inputs(native_ops):
             grad(*inputs)
 
 
-def test_the_input_is_never_overwritten(native_ops, rng):
+def test_the_input_is_never_overwritten(device, native_ops, rng):
     """The gradient may reuse x's buffer only where nobody else holds x."""
     x = tf.constant(rng.normal(size=(64, 32)).astype(np.float32))
     before = x.numpy().copy()

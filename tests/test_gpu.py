@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops on a GPU: the CPU's bits, and training. Values are tested in test_ops.py."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import missing_gpu, require_native, tensor
+
+import lbe_ops
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def gpu():
+    if not tf.config.list_physical_devices("GPU"):
+        missing_gpu(f"TensorFlow {tf.__version__} sees no GPU")
+    require_native()
+
+
+SHAPES = [(2, 1), (9, 38), (130, 7, 9), (8193, 3), (64, 5000), (1500, 1100)]
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_bits_of_the_cpu(dtype, shape, mode, rng):
+    x, _ = tensor(rng.normal(0.3, 1.7, shape), dtype)
+
+    def function(x):
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(x)
+            entropy = lbe_ops.batch_entropy(x, native=True)
+            statistics = lbe_ops.unit_statistics(x, native=True)
+            loss = tf.reduce_sum(statistics.mean) + tf.reduce_sum(statistics.variance)
+        return (
+            entropy,
+            statistics.mean,
+            statistics.variance,
+            tape.gradient(entropy, x),
+            tape.gradient(loss, x),
+        )
+
+    found = {}
+    for device in ("/CPU:0", "/GPU:0"):
+        with tf.device(device):
+            run = tf.function(function) if mode == "graph" else function
+            outputs = run(tf.identity(x))
+        assert all(device in output.device for output in outputs)
+        found[device] = [output.numpy().tobytes() for output in outputs]
+    assert found["/GPU:0"] == found["/CPU:0"]
+
+
+@pytest.mark.parametrize("use_native", [True, False])
+def test_training(use_native):
+    """The op runs where the layers run, and trains as plain TensorFlow does."""
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(512, 20)).astype(np.float32)
+    y = (x[:, 0] > 0).astype(np.int32)
+    inputs = keras.Input((20,))
+    hidden = inputs
+    for _ in range(8):
+        hidden = keras.layers.Dense(
+            16, "relu", activity_regularizer=lbe_ops.LBERegularizer(native=use_native)
+        )(hidden)
+    model = lbe_ops.LBEModel(inputs, keras.layers.Dense(2)(hidden), LBE_strength=0.1)
+    model.compile(
+        keras.optimizers.Adam(1e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
+    )
+    losses = model.fit(x, y, batch_size=64, epochs=5, verbose=0).history["loss"]
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+
+
+def test_many_steps_without_a_wait():
+    """Launches pile up on the stream; each result is still its own."""
+    x = tf.random.stateless_normal((2048, 1024), [1, 2])
+    with tf.device("/GPU:0"):
+        expected = [lbe_ops.batch_entropy(x * k, native=True) for k in range(1, 5)]
+        expected = [float(entropy) for entropy in expected]
+        results = [
+            lbe_ops.batch_entropy(x * (1 + k % 4), native=True) for k in range(200)
+        ]
+        for k, entropy in enumerate(results):
+            assert float(entropy) == expected[k % 4]

@@ -278,7 +278,12 @@ py::dict CudaSystemInfo() {
   info["compute_capability"] = std::to_string(system.compute_capability / 10) +
                                "." +
                                std::to_string(system.compute_capability % 10);
-  info["problem"] = system.error == 0 ? "" : CudaErrorMessage(system.error);
+  const char* problem = "";
+  if (system.error != 0) {
+    problem = system.driver == 0 ? "there is no NVIDIA driver"
+                                 : CudaErrorMessage(system.error);
+  }
+  info["problem"] = problem;
 #else
   for (const char* name :
        {"toolkit", "driver", "device", "compute_capability"}) {

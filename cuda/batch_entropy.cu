@@ -120,6 +120,8 @@ struct Cut {
   __host__ __device__ int64_t block_rows() const { return groups * run_rows; }
 };
 
+__device__ int Thread() { return static_cast<int>(threadIdx.x); }
+
 // The place of a thread in its block, and of its block in x.
 struct Place {
   int lane;   // of the threads side by side
@@ -210,8 +212,8 @@ __device__ Moments<Scalar> MergeGroups(const Cut& cut, const Place& place,
   }
   // The warps, of `rows` rows each, through shared memory.
   const int tile_columns = cut.lanes * kCount;
-  const int warp = threadIdx.x / kLanes;
-  if (threadIdx.x % kLanes < cut.lanes) {
+  const int warp = Thread() / kLanes;
+  if (Thread() % kLanes < cut.lanes) {
 #pragma unroll
     for (int c = 0; c < kCount; ++c) {
       const int column = pieces.column(c / kVector) + c % kVector;
@@ -220,10 +222,10 @@ __device__ Moments<Scalar> MergeGroups(const Cut& cut, const Place& place,
   }
   __syncthreads();
   Moments<Scalar> nodes[kWarps] = {};
-  if (threadIdx.x < tile_columns) {
+  if (Thread() < tile_columns) {
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      nodes[w] = shared[w * tile_columns + threadIdx.x];
+      nodes[w] = shared[w * tile_columns + Thread()];
     }
     MergeEight(nodes, first, rows, cut.rows);
   }
@@ -236,8 +238,8 @@ template <int kWidth>
 __device__ void SumHalvesInBlock(double* values) {
   __syncthreads();
   for (int half = kWidth / 2; half > 0; half /= 2) {
-    if (threadIdx.x % kWidth < half) {
-      values[threadIdx.x] += values[threadIdx.x + half];
+    if (Thread() % kWidth < half) {
+      values[Thread()] += values[Thread() + half];
     }
     __syncthreads();
   }
@@ -262,13 +264,13 @@ __device__ void SumGroups(int64_t units, const Results<Scalar>& results) {
   LBE_SHARED(double, lanes, kThreads);
   const int64_t groups = CeilDiv(units, kGroupUnits);
   double sum = 0;
-  for (int64_t group = threadIdx.x; group < groups; group += kSumLanes) {
+  for (int64_t group = Thread(); group < groups; group += kSumLanes) {
     // Past the first cache, which may not see what other blocks wrote.
     sum += __ldcg(&results.group_sums[group]);
   }
-  lanes[threadIdx.x] = sum;
+  lanes[Thread()] = sum;
   SumHalvesInBlock<kSumLanes>(lanes);
-  if (threadIdx.x == 0) {
+  if (Thread() == 0) {
     *results.entropy =
         static_cast<Scalar>(lanes[0] / static_cast<double>(units));
     if (results.valid != nullptr) *results.valid = Scalar(1);
@@ -282,20 +284,20 @@ __device__ void Finish(const Cut& cut, int64_t tile, int tile_columns,
                        const Moments<Scalar>& moments,
                        const Results<Scalar>& results) {
   LBE_SHARED(double, entropies, kThreads);
-  const int64_t column = tile * tile_columns + threadIdx.x;
+  const int64_t column = tile * tile_columns + Thread();
   double entropy = 0;
-  if (threadIdx.x < tile_columns && column < cut.units) {
+  if (Thread() < tile_columns && column < cut.units) {
     const Scalar variance =
         Variance<Scalar>(moments.m2, cut.rows, results.formula);
     results.mean[column] = moments.mean;
     results.variance[column] = variance;
     entropy = UnitEntropy<Scalar>(variance, results.factors);
   }
-  entropies[threadIdx.x] = entropy;
+  entropies[Thread()] = entropy;
   SumHalvesInBlock<kGroupUnits>(entropies);
-  if (threadIdx.x % kGroupUnits == 0 && threadIdx.x < tile_columns &&
+  if (Thread() % kGroupUnits == 0 && Thread() < tile_columns &&
       column < cut.units) {
-    results.group_sums[column / kGroupUnits] = entropies[threadIdx.x];
+    results.group_sums[column / kGroupUnits] = entropies[Thread()];
   }
 }
 
@@ -407,12 +409,12 @@ __global__ void __launch_bounds__(kThreads, kStatisticsBlocks<Element, kVector>)
     }
     return;  // all threads of all blocks do
   }
-  const int64_t column = tile_column + threadIdx.x;
-  if (threadIdx.x < tile_columns && column < cut.units) {
+  const int64_t column = tile_column + Thread();
+  if (Thread() < tile_columns && column < cut.units) {
     partials.mean[place.split * cut.units + column] = moments.mean;
     partials.m2[place.split * cut.units + column] = moments.m2;
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) *partials.ticket = 0;
+  if (blockIdx.x == 0 && Thread() == 0) *partials.ticket = 0;
 }
 
 // The moments of all splits to one. The last block to finish adds up the
@@ -474,7 +476,7 @@ __global__ void __launch_bounds__(kThreads)
       MergeGroups<kMergeColumns>(cut, place, pieces, 0, node);
   Finish(cut, place.tile, tile_columns, moments, results);
   // Thread 0 wrote the only sum of this block.
-  if (threadIdx.x == 0) {
+  if (Thread() == 0) {
     __threadfence();
     is_last[0] = atomicAdd(partials.ticket, 1u) == cut.tiles - 1;
     __threadfence();

@@ -21,8 +21,10 @@ def collect() -> dict[str, str | dict[str, str]]:
 
     Returns:
         Names and values in the order in which `render` prints them. `native` and
-        `numpy` are "yes", or "no: " and the reason; `build` is what the compiled
-        code says about itself, empty where there is none.
+        `numpy` are "yes", or "no: " and the reason; `cuda` is the toolkit and the
+        architectures that the library was built for, `gpu` the device that it runs
+        on, or "no: " and the reason; `build` is what else the compiled code says
+        about itself, empty where there is none.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the reason is printed
@@ -32,13 +34,14 @@ def collect() -> dict[str, str | dict[str, str]]:
     except ValueError as error:
         mode = f"invalid: {error}"
     build: dict[str, str] = {}
-    simd = "none"
+    simd = gpu = "none"
     try:
         module = importlib.import_module("lbe_ops_numpy")
     except ImportError as error:
         numpy = f"no: {error}"
     else:
         numpy, build, simd = "yes", module.build_info(), module.simd_level()
+        gpu = _describe_gpu(module.cuda_system())
     return {
         "lbe_ops": lbe_ops.__version__,
         "python": platform.python_version(),
@@ -50,9 +53,18 @@ def collect() -> dict[str, str | dict[str, str]]:
         "numpy": numpy,
         "simd": simd,
         "cuda": build.pop("cuda", "no"),
+        "gpu": gpu,
         "xla": build.pop("xla", "no"),
         "build": build,
     }
+
+
+def _describe_gpu(system: dict[str, str]) -> str:
+    driver = f"driver for CUDA {system['driver']}"
+    if system["problem"]:
+        driver = f" ({driver})" if system["driver"] not in ("", "none") else ""
+        return f"no: {system['problem']}{driver}"
+    return f"{system['device']}, sm_{system['compute_capability']}, {driver}"
 
 
 def render(values: dict[str, str | dict[str, str]]) -> str:

@@ -56,6 +56,24 @@ def test_tensorflow_is_asked_for_by_extras_only():
 
 
 @needs_installation
+def test_the_source_distribution_holds_what_a_build_with_cuda_needs(tmp_path):
+    """What MANIFEST.in lists: also the tests' emulation of CUDA."""
+    script = (
+        "import sys, setuptools, setuptools.command.egg_info as e\n"
+        "files = e.FileList()\n"
+        "lines = open('MANIFEST.in').read().splitlines()\n"
+        "[files.process_template_line(line) for line in lines]\n"
+        "print('\\n'.join(files.files))\n"
+    )
+    done = run_python("-c", script, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    listed = set(done.stdout.split())
+    for folder in ("cc", "cuda", "tests", "benchmarks"):
+        for path in (ROOT / folder).iterdir():
+            if path.suffix in {".h", ".cc", ".cu", ".cmake", ".py"}:
+                assert str(path.relative_to(ROOT)) in listed
+
+
 def test_wheel_holds_both_libraries_and_the_licence():
     names = {file.name for file in importlib.metadata.files("lbe_ops")}
     assert {"libtf_ops.so", "LICENSE"} <= names
@@ -104,6 +122,29 @@ def test_info_says_what_the_library_was_built_with():
         assert all(isinstance(value, str) for value in values["build"].values())
         for key in values["build"]:
             assert f"built: {key}" in info.render(values)
+
+
+@pytest.mark.parametrize(
+    "system, text",
+    [
+        ({"problem": ""}, "NVIDIA H200, sm_90, driver for CUDA 13.0"),
+        ({"problem": "too old"}, "no: too old (driver for CUDA 13.0)"),
+        ({"problem": "none here", "driver": "none"}, "no: none here"),
+        ({"problem": "built without CUDA", "driver": ""}, "no: built without CUDA"),
+    ],
+)
+def test_info_describes_the_gpu(monkeypatch, system, text):
+    module = pytest.importorskip("lbe_ops_numpy")
+    there = {"device": "NVIDIA H200", "compute_capability": "90", "driver": "13.0"}
+    monkeypatch.setattr(module, "cuda_system", lambda: there | system)
+    assert info.collect()["gpu"] == text
+
+
+def test_info_says_what_cuda_there_is():
+    values = info.collect()
+    if values["numpy"] == "yes":
+        assert values["cuda"] == "no" or "sm_" in values["cuda"]
+        assert values["gpu"]
 
 
 def test_command_line_names_its_commands(capsys):

@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 # TensorFlow's log holds errors only.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 EXTRAS := cpu experiments bench test dev
@@ -17,12 +18,12 @@ SOURCES := $(shell find lbe_ops cc cuda -type f -not -name '*.py[co]' \
            CMakeLists.txt setup.py MANIFEST.in README.md LICENSE
 CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.h cuda/*.cu tests/*.cc)
 
-.PHONY: help demo test build bench lint format sanitize clean
+.PHONY: help demo test build bench test-gpu bench-gpu lint format sanitize clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1: /p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
 
 demo: $(PACKAGE) ## train 200 layers with and without LBE, plots and a short benchmark
 	$(BIN)/lbe-ops train
@@ -36,6 +37,14 @@ build: $(PACKAGE) ## build the wheel into dist/ and install it into .venv
 
 bench: $(PACKAGE) ## the whole benchmark, into results/benchmark
 	$(BIN)/python benchmarks/bench_op.py --output results/benchmark
+
+# With what $(PYTHON) can import, without .venv: a GPU machine may reach no package
+# registry. TensorFlow's part only where it is installed.
+test-gpu: ## correctness on this machine's GPU
+	$(PYTHON) .ci/on_gpu.py test $(PYTEST_ARGS)
+
+bench-gpu: ## the benchmark on this machine's GPU, into results/benchmark-gpu
+	$(PYTHON) .ci/on_gpu.py bench $(BENCH_ARGS)
 
 lint: $(REQUIREMENTS) ## check the style of Python and C++
 	$(BIN)/ruff check .

@@ -373,7 +373,8 @@ def main() -> None:
             results["rows"].append(row)
             report.print_progress(row)
             report.write(results, arguments.output)
-    report.finish(results, arguments.output)
+    notes, judged = report.cpu_notes(results), report.targets(results)
+    report.finish(results, arguments.output, notes, judged)
 
 
 if __name__ == "__main__":

@@ -111,20 +111,23 @@ def _cells(results: Results) -> tuple[list[str], list[list[str]]]:
             else:
                 cells.append("-")
         cells.append(f"{gigabytes_per_second(row):.1f}")
-        cells.append(f"{fraction(row, results['memory_GB_per_s']):.0%}")
+        memory = row.get("memory_GB_per_s") or results["memory_GB_per_s"]
+        cells.append(f"{fraction(row, memory):.0%}")
         cells.append(f"{fraction(row, row['same_size_GB_per_s']):.0%}")
         body.append(cells)
     return header, body
 
 
 def _microseconds(seconds: Mapping[str, float]) -> str:
-    return f"{1e6 * seconds['median']:.0f}"
+    time = 1e6 * seconds["median"]
+    return f"{time:.1f}" if time < 10 else f"{time:.0f}"
 
 
-def _notes(results: Results) -> list[str]:
+def cpu_notes(results: Results) -> list[str]:
+    """What a reader must know of bench_op.py's table."""
     machine, memory = results["machine"], results["memory_GB_per_s"]
     versions = results["versions"]
-    notes = [
+    return [
         f"{machine['cpu']}, {results['threads']} threads, TensorFlow "
         f"{versions['tensorflow']}, SIMD {versions['simd']}; medians of "
         f"{results['rounds']} rounds.",
@@ -137,12 +140,49 @@ def _notes(results: Results) -> list[str]:
         "and copies reach in memory, and on arrays of the same size (which may fit a "
         "cache).",
     ]
+
+
+def gpu_notes(results: Results) -> list[str]:
+    """What a reader must know of bench_gpu.py's tables."""
+    gpu, build = results["gpu"], results["build"]
+    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    copied = [row["memory_GB_per_s"]["copy"] for row in results["rows"]]
+    return [
+        f"{gpu['name']}, driver for CUDA {gpu.get('driver', 'none')}; built with "
+        f"{build['cuda']}; {versions}. Command: {' '.join(results['command'])}",
+        "Microseconds for one tensor, and how often as long as fused; medians of "
+        f"{results['rounds']} rounds. Fused is replayed as a CUDA graph, fused eager "
+        "launched from Python call by call; torch by events on its stream, JAX and "
+        "TensorFlow by the host's clock, their calls included. The L2 cache holds "
+        "nothing of the tensors before each turn.",
+        f"Copies of 1 GiB, in turn with the variants: {min(copied):.0f} to "
+        f"{max(copied):.0f} GB/s, reads and writes counted. GB/s of fused: x read once "
+        "for forward; x read and dx written for gradient. Beside it, its share of what "
+        "such copies reach, and copies of the tensor's own size.",
+    ]
+
+
+def gpu_targets(results: Results) -> list[tuple[str, str, bool]]:
+    """As `targets`, of bench_gpu.py."""
+    shares = [
+        (fraction(row, row["memory_GB_per_s"]), f"{label(row)}, {row['pass']}")
+        for row in results["rows"]
+        if row["bytes"] >= 100e6
+    ]
+    if not shares:
+        return []
+    least, where = min(shares)
+    target = "from 100 MB: at least 88 % of the bandwidth of copies of 1 GiB"
+    return [(target, f"at least {least:.0%} ({where})", least >= 0.88)]
+
+
+def _skipped(results: Results) -> list[str]:
     reasons = {
         f"{name}: {reason}"
         for row in results["rows"]
         for name, reason in row["skipped"].items()
     }
-    return [*notes, *(f"Not timed, {reason}." for reason in sorted(reasons))]
+    return [f"Not timed, {reason}." for reason in sorted(reasons)]
 
 
 def print_progress(row: Row) -> None:
@@ -159,8 +199,14 @@ def write(results: Results, folder: pathlib.Path) -> None:
     _replace(folder / "results.json", lambda path: path.write_text(text))
 
 
-def finish(results: Results, folder: pathlib.Path) -> None:
-    """Prints the table and the targets; writes table.md and plot.png."""
+def finish(
+    results: Results,
+    folder: pathlib.Path,
+    notes: Sequence[str],
+    judged_targets: Sequence[tuple[str, str, bool]],
+) -> None:
+    """Prints the table, notes and targets; writes table.md and plot.png."""
+    notes = [*notes, *_skipped(results)]
     header, body = _cells(results)
     title = f"Batch entropy, {results['rows'][0]['dtype']}"
     table = Table(title=title)
@@ -171,12 +217,12 @@ def finish(results: Results, folder: pathlib.Path) -> None:
     Console(width=max(120, 22 * len(header))).print(table)
     judged = [
         f"{'met   ' if enough else 'missed'}  {target}: {found}"
-        for target, found, enough in targets(results)
+        for target, found, enough in judged_targets
     ]
-    print("\n".join([*_notes(results), *judged]))
+    print("\n".join([*notes, *judged]))
     lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *body]
     markdown = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    text = "\n\n".join([markdown, *_notes(results), *judged]) + "\n"
+    text = "\n\n".join([markdown, *notes, *judged]) + "\n"
     _replace(folder / "table.md", lambda path: path.write_text(text))
     _replace(folder / "plot.png", lambda path: _plot(results["rows"], path))
     print(f"Results, table and plot: {folder}")

@@ -6,6 +6,10 @@ import importlib
 import importlib.util
 import os
 import pathlib
+import shutil
+import subprocess
+import sys
+import sysconfig
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -26,6 +30,10 @@ else:  # what tests lbe_ops_numpy alone runs without it, on GPU machines for one
         for path in pathlib.Path(__file__).parent.glob("test_*.py")
         if path.name not in served
     )
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Kept, so that only what changed is compiled again.
+EMULATION = ROOT / "build" / f"emulation-{sys.implementation.cache_tag}"
 
 # The same examples in every run of CI; elsewhere new ones each time.
 hypothesis.settings.register_profile("ci", derandomize=True)
@@ -79,6 +87,38 @@ def missing_gpu(reason):
     if os.environ.get("LBE_REQUIRE_GPU") == "1":
         pytest.fail(f"LBE_REQUIRE_GPU=1, but {reason}")
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def emulated_module():
+    """lbe_ops_numpy with CUDA kernels that run on the CPU; see cuda_emulation.h."""
+    path = os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")])
+    cmake = shutil.which("cmake", path=path)
+    if cmake is None or shutil.which("ninja", path=path) is None:
+        pytest.skip("the emulation is built with CMake and Ninja: pip install both")
+    for command in (
+        [
+            *(cmake, "-S", ROOT, "-B", EMULATION, "-G", "Ninja"),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DLBE_OUTPUT_DIR={EMULATION / 'out'}",
+            *("-DLBE_CUDA=EMULATED", "-DLBE_TENSORFLOW=OFF"),
+        ],
+        [cmake, "--build", EMULATION],
+    ):
+        done = subprocess.run(
+            command,
+            env={**os.environ, "PATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-5000:]
+    (library,) = (EMULATION / "out").glob("lbe_ops_numpy_emulated.*.so")
+    spec = importlib.util.spec_from_file_location("lbe_ops_numpy_emulated", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])

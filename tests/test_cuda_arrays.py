@@ -6,22 +6,15 @@ GPU's memory is the process's. So the values, the bits and every check are teste
 anywhere; what needs a GPU is marked `gpu`.
 """
 
-import importlib.util
-import os
-import pathlib
 import shutil
 import subprocess
 import sys
-import sysconfig
 
 import numpy as np
 import oracle
 import pytest
 from conftest import TOLERANCES, import_numpy_module, missing_gpu
 from ml_dtypes import bfloat16
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-EMULATION = ROOT / "build" / f"emulation-{sys.implementation.cache_tag}"
 
 # One warp and less, ragged rows that are not aligned, several tiles, many splits.
 SHAPES = [(2, 1), (3, 5), (9, 38), (64, 2, 16), (130, 7, 9), (1000, 3), (259, 333)]
@@ -31,37 +24,6 @@ FORMULAS = [
     {"ddof": 1, "scale": 2 * oracle.SCALE, "offset": 0.0},
     {"ddof": 1, "scale": 3.0, "offset": 0.25},
 ]
-
-
-@pytest.fixture(scope="session")
-def emulated_module():
-    path = os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")])
-    cmake = shutil.which("cmake", path=path)
-    if cmake is None or shutil.which("ninja", path=path) is None:
-        pytest.skip("the emulation is built with CMake and Ninja: pip install both")
-    for command in (
-        [
-            *(cmake, "-S", ROOT, "-B", EMULATION, "-G", "Ninja"),
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DLBE_OUTPUT_DIR={EMULATION / 'out'}",
-            *("-DLBE_CUDA=EMULATED", "-DLBE_TENSORFLOW=OFF"),
-        ],
-        [cmake, "--build", EMULATION],
-    ):
-        done = subprocess.run(
-            command,
-            env={**os.environ, "PATH": path},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-5000:]
-    (library,) = (EMULATION / "out").glob("lbe_ops_numpy_emulated.*.so")
-    spec = importlib.util.spec_from_file_location("lbe_ops_numpy_emulated", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def module_with_gpu():
@@ -291,7 +253,11 @@ def test_bad_arguments_of_the_gradient(emulated_module):
     gradient = emulated_module.batch_entropy_grad
     x, good = Foreign(X), Foreign(X[0])
     for bad, error, words in (
-        (Foreign(np.zeros(3, np.float32)), ValueError, r"shape \(2,\).*Received: shape \(3,\)"),
+        (
+            Foreign(np.zeros(3, np.float32)),
+            ValueError,
+            r"shape \(2,\).*Received: shape \(3,\)",
+        ),
         (Foreign(X[0].astype(np.float64)), ValueError, "Received.*dtype <f8"),
         (X[0], TypeError, "is not: all of them"),
     ):

@@ -194,7 +194,11 @@ template <int kCount, int kVector, typename Scalar>
 __device__ Moments<Scalar> MergeGroups(const Cut& cut, const Place& place,
                                        const Pieces<kVector>& pieces,
                                        int64_t first, Moments<Scalar>* node) {
-  LBE_SHARED(Moments<Scalar>, shared, kWarps * kLanes * kCount);
+  // Padded, so that neither threads kVector columns apart nor neighbours meet
+  // in a bank.
+  constexpr int kPadding = 16;
+  constexpr int kWarpSlots = kLanes * kCount * (kPadding + 1) / kPadding;
+  LBE_SHARED(Moments<Scalar>, shared, kWarps * kWarpSlots);
   // The groups of a warp, pairwise; the result is in the first lanes.
   const int64_t own_first = first + place.group * cut.run_rows;
   int64_t rows = cut.run_rows;
@@ -217,7 +221,7 @@ __device__ Moments<Scalar> MergeGroups(const Cut& cut, const Place& place,
 #pragma unroll
     for (int c = 0; c < kCount; ++c) {
       const int column = pieces.column(c / kVector) + c % kVector;
-      shared[warp * tile_columns + column] = node[c];
+      shared[warp * kWarpSlots + column + column / kPadding] = node[c];
     }
   }
   __syncthreads();
@@ -225,24 +229,31 @@ __device__ Moments<Scalar> MergeGroups(const Cut& cut, const Place& place,
   if (Thread() < tile_columns) {
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      nodes[w] = shared[w * tile_columns + Thread()];
+      nodes[w] = shared[w * kWarpSlots + Thread() + Thread() / kPadding];
     }
     MergeEight(nodes, first, rows, cut.rows);
   }
   return nodes[0];
 }
 
-// v[0] of each kWidth of the block's values becomes their sum, by halves. Has
-// barriers.
+// The sum of the values of each kWidth threads, by halves, for the first of
+// them. Has barriers.
 template <int kWidth>
-__device__ void SumHalvesInBlock(double* values) {
-  __syncthreads();
-  for (int half = kWidth / 2; half > 0; half /= 2) {
-    if (Thread() % kWidth < half) {
-      values[Thread()] += values[Thread() + half];
-    }
+__device__ double SumHalvesInBlock(double value) {
+  LBE_SHARED(double, values, kThreads);
+  const int place = Thread() % kWidth;
+#pragma unroll
+  for (int half = kWidth / 2; half >= kLanes; half /= 2) {
+    // Nobody reads these any more: the last step read from 2 * half on.
+    if (place < 2 * half) values[Thread()] = value;
     __syncthreads();
+    if (place < half) value += values[Thread() + half];
   }
+#pragma unroll
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    value += __shfl_down_sync(kAllLanes, value, half);
+  }
+  return value;
 }
 
 // Where results go, and how they are made of moments.
@@ -261,18 +272,15 @@ struct Results {
 // barriers.
 template <typename Scalar>
 __device__ void SumGroups(int64_t units, const Results<Scalar>& results) {
-  LBE_SHARED(double, lanes, kThreads);
   const int64_t groups = CeilDiv(units, kGroupUnits);
   double sum = 0;
   for (int64_t group = Thread(); group < groups; group += kSumLanes) {
     // Past the first cache, which may not see what other blocks wrote.
     sum += __ldcg(&results.group_sums[group]);
   }
-  lanes[Thread()] = sum;
-  SumHalvesInBlock<kSumLanes>(lanes);
+  sum = SumHalvesInBlock<kSumLanes>(sum);
   if (Thread() == 0) {
-    *results.entropy =
-        static_cast<Scalar>(lanes[0] / static_cast<double>(units));
+    *results.entropy = static_cast<Scalar>(sum / static_cast<double>(units));
     if (results.valid != nullptr) *results.valid = Scalar(1);
   }
 }
@@ -283,7 +291,6 @@ template <typename Scalar>
 __device__ void Finish(const Cut& cut, int64_t tile, int tile_columns,
                        const Moments<Scalar>& moments,
                        const Results<Scalar>& results) {
-  LBE_SHARED(double, entropies, kThreads);
   const int64_t column = tile * tile_columns + Thread();
   double entropy = 0;
   if (Thread() < tile_columns && column < cut.units) {
@@ -293,11 +300,10 @@ __device__ void Finish(const Cut& cut, int64_t tile, int tile_columns,
     results.variance[column] = variance;
     entropy = UnitEntropy<Scalar>(variance, results.factors);
   }
-  entropies[Thread()] = entropy;
-  SumHalvesInBlock<kGroupUnits>(entropies);
+  const double sum = SumHalvesInBlock<kGroupUnits>(entropy);
   if (Thread() % kGroupUnits == 0 && Thread() < tile_columns &&
       column < cut.units) {
-    results.group_sums[column / kGroupUnits] = entropies[Thread()];
+    results.group_sums[column / kGroupUnits] = sum;
   }
 }
 
@@ -420,9 +426,9 @@ __global__ void __launch_bounds__(kThreads, kStatisticsBlocks<Element, kVector>)
 // The moments of all splits to one. The last block to finish adds up the
 // groups.
 template <typename Scalar>
-__global__ void __launch_bounds__(kThreads)
-    MergeSplits(Cut cut, int64_t split_rows, Results<Scalar> results,
-                Partials<Scalar> partials) {
+__global__ void __launch_bounds__(kThreads, 2)
+    MergeSplits(Cut cut, int64_t split_rows, int64_t run_splits,
+                Results<Scalar> results, Partials<Scalar> partials) {
   LBE_SHARED(bool, is_last, 1);
   constexpr int kAtOnce = 8;
   const Place place(cut);
@@ -441,6 +447,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
   for (int64_t k = 0; k * node_rows < own_rows; ++k) {
     const int64_t node_first = own_first + k * node_rows;
+    const int64_t node_split = place.group * run_splits + k * kAtOnce;
     int64_t rows = RowsOf(node_first, node_rows, cut.rows);
 #pragma unroll
     for (int c = 0; c < kMergeColumns; ++c) {
@@ -449,7 +456,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (pieces.inside(c) && i * split_rows < rows) {
-          const int64_t at = (node_first / split_rows + i) * cut.units + column;
+          const int64_t at = (node_split + i) * cut.units + column;
           nodes[i] = {partials.mean[at], partials.m2[at]};
         }
       }
@@ -510,7 +517,9 @@ struct GradientArguments {
 template <typename Element, int kVector>
 constexpr int kGradientBatch = kVector == 1 ? 2 : 4;
 template <typename Element, int kVector>
-constexpr int kGradientBlocks = kVector == kColumns<Element> ? 4 : 2;
+constexpr int kGradientBlocks = kVector < kColumns<Element> ? 2
+                                : sizeof(Element) == 2      ? 3
+                                                            : 4;
 
 // A block has the rows of its split, its groups one row each in turn.
 template <typename Element, int kVector, bool kOffset>
@@ -525,6 +534,33 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<Element, kVector>)
   const int tile_columns = cut.lanes * kCount;
   const int64_t tile_column = place.tile * tile_columns;
   const Pieces<kVector> pieces(cut, place, tile_columns);
+  const int64_t first = place.split * cut.block_rows();
+  const int64_t offset_in_x = (first + place.group) * cut.units + tile_column;
+  const int64_t step = cut.groups * cut.units;
+  const Element* from = a.x + offset_in_x;
+  Element* to = a.dx + offset_in_x;
+  // Rows from the thread's own to the end of the block's.
+  int rest =
+      static_cast<int>(RowsOf(first, cut.block_rows(), cut.rows)) - place.group;
+
+  // A batch is read before it is written, since dx may be x, and the first one
+  // before the thread waits for its columns' statistics.
+  Piece values[kBatch][kPieces];
+  const auto read = [&] {
+#pragma unroll
+    for (int r = 0; r < kBatch; ++r, from += step) {
+      if (r * cut.groups >= rest) continue;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        if (pieces.inside(piece)) {
+          values[r][piece] =
+              *reinterpret_cast<const Piece*>(from + pieces.column(piece));
+        }
+      }
+    }
+  };
+  read();
+
   const Scalar entropy_share = EntropyShare(*a.entropy_grad, a.factors);
   Scalar mean[kCount] = {}, slope[kCount] = {}, offset[kCount] = {};
 #pragma unroll
@@ -539,28 +575,9 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<Element, kVector>)
       offset[c] = MeanOffset(a.mean_grad[column], a.factors);
     }
   }
-  const int64_t split_first = place.split * cut.block_rows();
-  const int64_t own_first = split_first + place.group;
-  const int64_t split_rows = RowsOf(split_first, cut.block_rows(), cut.rows);
-  int rest = static_cast<int>(split_rows) - place.group;
-  const int64_t step = cut.groups * cut.units;
-  const Element* from = a.x + own_first * cut.units + tile_column;
-  Element* to = a.dx + own_first * cut.units + tile_column;
+
 #pragma unroll 1
-  for (; rest > 0; rest -= kBatch * cut.groups) {
-    // All rows are read before one is written: dx may be x.
-    Piece values[kBatch][kPieces];
-#pragma unroll
-    for (int r = 0; r < kBatch; ++r, from += step) {
-      if (r * cut.groups >= rest) continue;
-#pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        if (pieces.inside(piece)) {
-          values[r][piece] =
-              *reinterpret_cast<const Piece*>(from + pieces.column(piece));
-        }
-      }
-    }
+  while (rest > 0) {
 #pragma unroll
     for (int r = 0; r < kBatch; ++r, to += step) {
       if (r * cut.groups >= rest) continue;
@@ -584,6 +601,8 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<Element, kVector>)
         *reinterpret_cast<Piece*>(to + pieces.column(piece)) = result;
       }
     }
+    rest -= kBatch * cut.groups;
+    read();
   }
 }
 
@@ -721,7 +740,8 @@ int Forward(cudaStream_t stream, const void* x, const Cut& cut,
   } else {
     const Cut merge = CutMerge(cut);
     LBE_LAUNCH(MergeSplits<Scalar>, static_cast<unsigned>(merge.tiles),
-               kThreads, stream, merge, cut.block_rows(), results, partials);
+               kThreads, stream, merge, cut.block_rows(),
+               merge.run_rows / cut.block_rows(), results, partials);
   }
   return cudaGetLastError();
 }

@@ -27,15 +27,14 @@ set(LBE_CUDA "AUTO" CACHE STRING
 # `why_not`: why the CUDA compiler cannot be used, \
     or nothing.Then `compiler` is its
 #path and `known` are the architectures that it knows, oldest first.
-                    function(try_cuda_compiler why_not compiler known) set(
-                        $ {
-                          why_not
-                        } "" PARENT_SCOPE) if (CMAKE_CUDA_COMPILER) set(nvcc
-                                                                        "${"
-                                                                        "CMAKE_"
-                                                                        "CUDA_"
-                                                                        "COMPIL"
-                                                                        "ER}") elseif(DEFINED ENV{
+                    function(try_cuda_compiler why_not compiler known) set($ {
+                      why_not
+                    } "" PARENT_SCOPE) if (CMAKE_CUDA_COMPILER) set(nvcc
+                                                                    "${"
+                                                                    "CMAKE_"
+                                                                    "CUDA_"
+                                                                    "COMPIL"
+                                                                    "ER}") elseif(DEFINED ENV{
                         CUDACXX}) set(nvcc
                                       "$ENV{CUDACXX}") else() find_program(LBE_NVCC nvcc
                                                                                PATHS /
@@ -49,16 +48,14 @@ set(LBE_CUDA "AUTO" CACHE STRING
                         } "no nvcc in PATH, CUDACXX or "
                           "/usr/local/cuda/bin" PARENT_SCOPE) return () endif()
                             endif() execute_process(
-                                COMMAND "${nvcc}" --version OUTPUT_VARIABLE
-                                    version
-                                        ERROR_VARIABLE
-                                            version
-                                                RESULT_VARIABLE
-                                                    failed) if (failed OR NOT
-                                                                    version MATCHES
-                                                                "release "
-                                                                "([0-9]+\\.[0-"
-                                                                "9]+)") set($ {
+                                COMMAND
+                                "${nvcc}" --version OUTPUT_VARIABLE version
+                                    ERROR_VARIABLE version RESULT_VARIABLE
+                                        failed) if (failed OR NOT
+                                                        version MATCHES
+                                                    "release "
+                                                    "([0-9]+\\.[0-"
+                                                    "9]+)") set($ {
                               why_not
                             } "${nvcc} --version fails: "
                               "${failed}" PARENT_SCOPE) return ()
@@ -73,10 +70,49 @@ newer is needed" PARENT_SCOPE) return () endif()
 #have no static runtime.
                                     set(trial "${CMAKE_BINARY_DIR}/cuda_trial") file(
                                         WRITE
-                                        "${trial}.cu"
-                                        "#include <cmath>\n#include <cstdint>\n"
-                                        "__global__ void Kernel() {}\nvoid "
-                                        "Launch() { Kernel<<<1, 1>>>(); }\n")
+                                        "${"
+                                        "tri"
+                                        "al}"
+                                        ".cu"
+                                        "#in"
+                                        "clu"
+                                        "de "
+                                        "<cm"
+                                        "ath"
+                                        ">\n"
+                                        "#in"
+                                        "clu"
+                                        "de "
+                                        "<cs"
+                                        "tdi"
+                                        "nt>"
+                                        "\n"
+                                        "__"
+                                        "glo"
+                                        "bal"
+                                        "__ "
+                                        "voi"
+                                        "d "
+                                        "Ker"
+                                        "nel"
+                                        "() "
+                                        "{}"
+                                        "\nv"
+                                        "oid"
+                                        " "
+                                        "Lau"
+                                        "nch"
+                                        "() "
+                                        "{ "
+                                        "Ker"
+                                        "nel"
+                                        "<<<"
+                                        "1, "
+                                        "1>>"
+                                        ">()"
+                                        "; "
+                                        "}"
+                                        "\n")
                                         execute_process(
                                             COMMAND "${nvcc}" -
                                                 ccbin "${CMAKE_CXX_COMPILER}" -
@@ -115,8 +151,12 @@ fails: ${line}" PARENT_SCOPE) return () endif() execute_process(COMMAND
                                                 } "${listed}" PARENT_SCOPE) endfunction()
 
                                                     if (LBE_CUDA STREQUAL
-                                                        "EMULATED") add_library(cuda_kernels OBJECT
-                                                                                "${cuda_source}")
+                                                        "EMULATE"
+                                                        "D") add_library(cuda_kernels OBJECT
+                                                                         "${"
+                                                                         "cuda_"
+                                                                         "sourc"
+                                                                         "e}")
                                                         set_source_files_properties(
                                                             "${cuda_"
                                                             "source}" PROPERTIES
@@ -177,111 +217,120 @@ fails: ${line}" PARENT_SCOPE) return () endif() execute_process(COMMAND
                                                                         contract =
                                                                         off) add_library(cuda_runtime
                                                                                              INTERFACE)
-                                                                    target_compile_definitions(cuda_runtime INTERFACE LBE_CUDA_EMULATION) target_compile_options(
+                                                                    target_compile_definitions(
                                                                         cuda_runtime INTERFACE
-                                                                        "SHELL:"
-                                                                        "-inclu"
-                                                                        "de "
-                                                                        "\"${"
-                                                                        "cuda_"
-                                                                        "emulat"
-                                                                        "ion}"
-                                                                        "\"") target_link_libraries(cuda_kernels PRIVATE cuda_runtime)
-                                                                        set(LBE_CUDA_TARGETS
+                                                                            LBE_CUDA_EMULATION)
+                                                                        target_compile_options(
+                                                                            cuda_runtime INTERFACE
+                                                                            "SH"
+                                                                            "EL"
+                                                                            "L:"
+                                                                            "-i"
+                                                                            "nc"
+                                                                            "lu"
+                                                                            "de"
+                                                                            " "
+                                                                            "\""
+                                                                            "${"
+                                                                            "cu"
+                                                                            "da"
+                                                                            "_"
                                                                             "em"
                                                                             "ul"
                                                                             "at"
-                                                                            "ed"
-                                                                            " o"
-                                                                            "n "
-                                                                            "th"
-                                                                            "e "
-                                                                            "CP"
-                                                                            "U,"
-                                                                            " f"
-                                                                            "or"
-                                                                            " t"
-                                                                            "es"
-                                                                            "t"
-                                                                            "s") elseif(LBE_CUDA)
-                                                                            try_cuda_compiler(why_not nvcc known) if (
-                                                                                why_not) if (LBE_CUDA STREQUAL
-                                                                                             "AUTO")
-                                                                                message(
-                                                                                    STATUS
-                                                                                    "Without CUDA: ${why_not}") return ()
-                                                                                    endif()
-                                                                                        message(
-                                                                                            FATAL_ERROR
-                                                                                            "LBE_CUDA=${LBE_CUDA}, but ${why_not}")
-                                                                                            endif()
+                                                                            "io"
+                                                                            "n}"
+                                                                            "\"")
+                                                                            target_link_libraries(
+                                                                                cuda_kernels
+                                                                                    PRIVATE
+                                                                                        cuda_runtime)
+                                                                                set(LBE_CUDA_TARGETS
+                                                                                    "em"
+                                                                                    "ul"
+                                                                                    "at"
+                                                                                    "ed"
+                                                                                    " o"
+                                                                                    "n "
+                                                                                    "th"
+                                                                                    "e "
+                                                                                    "CP"
+                                                                                    "U,"
+                                                                                    " f"
+                                                                                    "or"
+                                                                                    " t"
+                                                                                    "es"
+                                                                                    "t"
+                                                                                    "s")
+                                                                                    elseif(
+                                                                                        LBE_CUDA)
+                                                                                        try_cuda_compiler(why_not nvcc known) if (
+                                                                                            why_not) if (LBE_CUDA STREQUAL
+                                                                                                         "AUTO")
+                                                                                            message(STATUS
+                                                                                                    "Without CUDA: ${why_not}") return ()
+                                                                                                endif() message(FATAL_ERROR
+                                                                                                                "LBE_CUDA=${LBE_CUDA}, but ${why_not}")
+                                                                                                    endif()
 
-                                                                                                if (NOT CMAKE_CUDA_ARCHITECTURES
-                                                                                                        AND NOT DEFINED ENV{CUDAARCHS}) set(chosen) foreach (machine ${cuda_machines}) if (machine IN_LIST known) list(APPEND chosen ${machine}) endif() endforeach() list(GET known 0 oldest) if (oldest
-                                                                                                                                                                                                                                                                                                       GREATER 75) list(PREPEND
-                                                                                                                                                                                                                                                                                                                            chosen
-                                                                                                                                                                                                                                                                                                                                ${oldest}) list(REMOVE_DUPLICATES chosen) endif()
-                                                                                                    list(POP_BACK chosen
-                                                                                                             newest) list(TRANSFORM chosen APPEND
-                                                                                                                          "-real") set(CMAKE_CUDA_ARCHITECTURES ${
-                                                                                                        chosen} ${
-                                                                                                        newest}) endif()
+                                                                                                        if (NOT CMAKE_CUDA_ARCHITECTURES
+                                                                                                                AND NOT DEFINED ENV{CUDAARCHS}) set(chosen) foreach (machine ${cuda_machines}) if (machine
+                                                                                                                                                                                                       IN_LIST known) list(APPEND
+                                                                                                                                                                                                                               chosen ${machine}) endif() endforeach() list(GET known 0 oldest) if (oldest GREATER 75) list(PREPEND chosen ${oldest}) list(REMOVE_DUPLICATES chosen) endif()
+                                                                                                            list(POP_BACK chosen newest) list(TRANSFORM
+                                                                                                                                                  chosen APPEND
+                                                                                                                                              "-real")
+                                                                                                                set(CMAKE_CUDA_ARCHITECTURES ${
+                                                                                                                    chosen} ${
+                                                                                                                    newest})
+                                                                                                                    endif()
 
-                                                                                                        set(CMAKE_CUDA_COMPILER
-                                                                                                            "${nvcc}") set(CMAKE_CUDA_HOST_COMPILER
-                                                                                                                           "${CMAKE_CXX_COMPILER}")
-                                                                                                            enable_language(
-                                                                                                                CUDA)
-                                                                                                                find_package(
-                                                                                                                    CUDAToolkit
-                                                                                                                        REQUIRED)
-                                                                                                                    set(CMAKE_CUDA_STANDARD 17) set(CMAKE_CUDA_STANDARD_REQUIRED ON) set(CMAKE_CUDA_EXTENSIONS
-                                                                                                                                                                                             OFF) set(CMAKE_CUDA_VISIBILITY_PRESET
-                                                                                                                                                                                                          hidden) set(CMAKE_CUDA_FLAGS_RELEASE
-                                                                                                                                                                                                                      "-O3 -DNDEBUG")
+                                                                                                                        set(CMAKE_CUDA_COMPILER
+                                                                                                                            "${nvcc}") set(CMAKE_CUDA_HOST_COMPILER
+                                                                                                                                           "${CMAKE_CXX_COMPILER}") enable_language(CUDA) find_package(CUDAToolkit REQUIRED) set(CMAKE_CUDA_STANDARD 17) set(CMAKE_CUDA_STANDARD_REQUIRED
+                                                                                                                                                                                                                                                                 ON)
+                                                                                                                            set(CMAKE_CUDA_EXTENSIONS OFF)
+                                                                                                                                set(CMAKE_CUDA_VISIBILITY_PRESET
+                                                                                                                                        hidden) set(CMAKE_CUDA_FLAGS_RELEASE
+                                                                                                                                                    "-O3 -DNDEBUG")
 #Without contraction and with subnormal numbers as zero, \
     as on the CPU : the same
 #bits.All architectures at once, as far as there are cores.
-                                                                                                                        add_library(cuda_kernels OBJECT
-                                                                                                                                    "${cuda_source}")
-                                                                                                                            target_compile_options(cuda_kernels PRIVATE - ftz = true - fmad = false - Xcompiler = -ffp - contract = off-- threads =
-                                                                                                                                                                                                                      0 $ < $ <
-                                                                                                                                                                                                                      BOOL : ${LBE_CUDA_REPORT} > : -Xptxas =
-                                                                                                                                                                                                                          -v >)
-                                                                                                                                add_library(
-                                                                                                                                    cuda_runtime INTERFACE)
+                                                                                                                                    add_library(
+                                                                                                                                        cuda_kernels OBJECT
+                                                                                                                                        "${cuda_source}") target_compile_options(cuda_kernels PRIVATE - ftz = true -
+                                                                                                                                                                                                              fmad = false -
+                                                                                                                                                                                                                     Xcompiler = -ffp - contract = off-- threads = 0 $ < $ < BOOL : ${LBE_CUDA_REPORT} > : -Xptxas =
+                                                                                                                                                                                                                                                                       -v >) add_library(cuda_runtime
+                                                                                                                                                                                                                                                                                             INTERFACE)
 #The driver is looked for at run time, \
     so that the libraries load without one.The
 #runtime's symbols stay inside: a process may hold another version of it.
-                                                                                                                                    target_link_libraries(cuda_runtime
-                                                                                                                                                              INTERFACE CUDA::cudart_static) target_link_options(cuda_runtime INTERFACE
-                                                                                                                                                                                                                 "LINKER:--exclude-libs,libcudart_static.a:libculibos.a")
+                                                                                                                                        target_link_libraries(cuda_runtime INTERFACE
+                                                                                                                                                                  CUDA::cudart_static) target_link_options(cuda_runtime INTERFACE
+                                                                                                                                                                                                           "LINKER:--exclude-libs,libcudart_static.a:libculibos.a")
 
-                                                                                                                                        set(targets
-                                                                                                                                                ${CMAKE_CUDA_ARCHITECTURES}) list(TRANSFORM
-                                                                                                                                                                                      targets REPLACE
-                                                                                                                                                                                  "^([0-9]+[af]?)$"
-                                                                                                                                                                                  "\\1-real;\\1-virtual") list(TRANSFORM
-                                                                                                                                                                                                                   targets REPLACE
-                                                                                                                                                                                                               "^(.*)-real$"
-                                                                                                                                                                                                               "sm_\\1") list(TRANSFORM
-                                                                                                                                                                                                                                  targets REPLACE
-                                                                                                                                                                                                                              "^(.*)-virtual$"
-                                                                                                                                                                                                                              "compute_\\1") list(JOIN targets
-                                                                                                                                                                                                                                                  " " targets)
-                                                                                                                                            set(LBE_CUDA_TARGETS
-                                                                                                                                                "CUDA ${CMAKE_CUDA_COMPILER_VERSION}: ${targets}")
-                                                                                                                                                message(
-                                                                                                                                                    STATUS
-                                                                                                                                                    "With ${LBE_CUDA_TARGETS}") else() return ()
-                                                                                                                                                    endif()
+                                                                                                                                            set(targets ${CMAKE_CUDA_ARCHITECTURES}) list(
+                                                                                                                                                TRANSFORM
+                                                                                                                                                    targets REPLACE
+                                                                                                                                                "^([0-9]+[af]?)$"
+                                                                                                                                                "\\1-real;\\1-virtual") list(TRANSFORM
+                                                                                                                                                                                 targets REPLACE
+                                                                                                                                                                             "^(.*)-real$"
+                                                                                                                                                                             "sm_\\1")
+                                                                                                                                                list(TRANSFORM
+                                                                                                                                                         targets REPLACE
+                                                                                                                                                     "^(.*)-virtual$"
+                                                                                                                                                     "compute_\\1") list(JOIN targets
+                                                                                                                                                                         " " targets) set(LBE_CUDA_TARGETS
+                                                                                                                                                                                          "CUDA ${CMAKE_CUDA_COMPILER_VERSION}: ${targets}")
+                                                                                                                                                    message(
+                                                                                                                                                        STATUS
+                                                                                                                                                        "With ${LBE_CUDA_TARGETS}") else() return () endif()
 
-                                                                                                                                                        target_include_directories(
-                                                                                                                                                            cuda_kernels PRIVATE
-                                                                                                                                                                cc) target_compile_definitions(cuda_kernels
-                                                                                                                                                                                                   PRIVATE LBE_CUDA) target_sources(kernels PRIVATE
-                                                                                                                                                                                                                                        $ <
-                                                                                                                                                                                                                                    TARGET_OBJECTS : cuda_kernels >)
+                                                                                                                                                        target_include_directories(cuda_kernels PRIVATE
+                                                                                                                                                                                       cc) target_compile_definitions(cuda_kernels PRIVATE LBE_CUDA) target_sources(kernels PRIVATE $ <
+                                                                                                                                                                                                                                                                    TARGET_OBJECTS : cuda_kernels >)
 #Seen by whatever calls the kernels.
                                                                                                                                                             target_compile_definitions(
                                                                                                                                                                 kernels PUBLIC

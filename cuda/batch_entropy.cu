@@ -14,6 +14,7 @@
 // inline PTX.
 
 #ifndef LBE_CUDA_EMULATION
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -50,19 +51,17 @@ static_assert(kMergeColumns * kLanes == kGroupUnits, "a block is a group");
 // Rows that a thread of Gradient handles at most.
 constexpr int kGradientRows = 64;
 
+// Elements widened to the type of accumulators, and rounded from it to nearest,
+// ties to even. Two 16-bit elements are rounded by one instruction.
 template <typename Element>
-struct Numbers;
-template <>
-struct Numbers<float> {
-  using Scalar = float;
-  static __device__ float Load(float x) { return x; }
-  static __device__ float Round(float x) { return x; }
-};
-template <>
-struct Numbers<double> {
-  using Scalar = double;
-  static __device__ double Load(double x) { return x; }
-  static __device__ double Round(double x) { return x; }
+struct Numbers {
+  using Scalar = Element;
+  static __device__ Element Load(Element x) { return x; }
+  static __device__ Element Round(Element x) { return x; }
+  static __device__ void RoundTwo(const Element* from, Element* to) {
+    to[0] = from[0];
+    to[1] = from[1];
+  }
 };
 template <>
 struct Numbers<Half> {
@@ -73,6 +72,11 @@ struct Numbers<Half> {
   static __device__ Half Round(float x) {
     return {__half_as_ushort(__float2half_rn(x))};
   }
+  static __device__ void RoundTwo(const float* from, Half* to) {
+    const __half2 both = __floats2half2_rn(from[0], from[1]);
+    to[0] = {__half_as_ushort(both.x)};
+    to[1] = {__half_as_ushort(both.y)};
+  }
 };
 template <>
 struct Numbers<BFloat16> {
@@ -81,11 +85,12 @@ struct Numbers<BFloat16> {
     return BitCast<float>(static_cast<uint32_t>(x.bits) << 16);
   }
   static __device__ BFloat16 Round(float x) {
-    const uint32_t bits = BitCast<uint32_t>(x);
-    // To nearest, ties to even; a NaN stays a NaN.
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const uint32_t nan = (bits >> 16) | 0x40;
-    return {static_cast<uint16_t>(x == x ? rounded : nan)};
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+  }
+  static __device__ void RoundTwo(const float* from, BFloat16* to) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(from[0], from[1]);
+    to[0] = {__bfloat16_as_ushort(both.x)};
+    to[1] = {__bfloat16_as_ushort(both.y)};
   }
 };
 
@@ -93,6 +98,16 @@ struct Numbers<BFloat16> {
 template <typename Element, int kVector>
 struct alignas(kVector * sizeof(Element)) Vector {
   Element elements[kVector];
+};
+
+// The same while it waits in registers: two 16-bit elements in one.
+template <int kBytes>
+struct alignas(kBytes) Packed {
+  uint32_t words[kBytes / 4];
+};
+template <>
+struct alignas(2) Packed<2> {
+  uint16_t word;
 };
 
 __host__ __device__ constexpr int64_t CeilDiv(int64_t a, int64_t b) {
@@ -545,7 +560,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<Element, kVector>)
 
   // A batch is read before it is written, since dx may be x, and the first one
   // before the thread waits for its columns' statistics.
-  Piece values[kBatch][kPieces];
+  Packed<sizeof(Piece)> values[kBatch][kPieces];
   const auto read = [&] {
 #pragma unroll
     for (int r = 0; r < kBatch; ++r, from += step) {
@@ -553,8 +568,8 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<Element, kVector>)
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
         if (pieces.inside(piece)) {
-          values[r][piece] =
-              *reinterpret_cast<const Piece*>(from + pieces.column(piece));
+          values[r][piece] = *reinterpret_cast<const Packed<sizeof(Piece)>*>(
+              from + pieces.column(piece));
         }
       }
     }
@@ -584,18 +599,25 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<Element, kVector>)
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
         if (!pieces.inside(piece)) continue;
-        Piece result;
+        const Piece x_values = BitCast<Piece>(values[r][piece]);
+        Scalar gradient[kVector];
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
           const int c = piece * kVector + i;
-          const Scalar value =
-              Numbers<Element>::Load(values[r][piece].elements[i]);
+          const Scalar value = Numbers<Element>::Load(x_values.elements[i]);
           if constexpr (kOffset) {
-            result.elements[i] = Numbers<Element>::Round(
-                UnitGradient(value, mean[c], slope[c], offset[c]));
+            gradient[i] = UnitGradient(value, mean[c], slope[c], offset[c]);
           } else {
-            result.elements[i] =
-                Numbers<Element>::Round(UnitGradient(value, mean[c], slope[c]));
+            gradient[i] = UnitGradient(value, mean[c], slope[c]);
+          }
+        }
+        Piece result;
+        if constexpr (kVector == 1) {
+          result.elements[0] = Numbers<Element>::Round(gradient[0]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kVector; i += 2) {
+            Numbers<Element>::RoundTwo(&gradient[i], &result.elements[i]);
           }
         }
         *reinterpret_cast<Piece*>(to + pieces.column(piece)) = result;

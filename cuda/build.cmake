@@ -276,65 +276,83 @@ fails: ${line}" PARENT_SCOPE) return () endif() execute_process(COMMAND
                                                                                                         if (NOT CMAKE_CUDA_ARCHITECTURES
                                                                                                                 AND NOT DEFINED ENV{CUDAARCHS}) set(chosen) foreach (machine ${cuda_machines}) if (machine
                                                                                                                                                                                                        IN_LIST known) list(APPEND
-                                                                                                                                                                                                                               chosen ${machine}) endif() endforeach() list(GET known 0 oldest) if (oldest GREATER 75) list(PREPEND chosen ${oldest}) list(REMOVE_DUPLICATES chosen) endif()
+                                                                                                                                                                                                                               chosen
+                                                                                                                                                                                                                                   ${
+                                                                                                                                                                                                                                       machine}) endif() endforeach() list(GET known 0 oldest) if (oldest
+                                                                                                                                                                                                                                                                                                       GREATER 75) list(PREPEND chosen
+                                                                                                                                                                                                                                                                                                                            ${oldest}) list(REMOVE_DUPLICATES
+                                                                                                                                                                                                                                                                                                                                                chosen) endif()
                                                                                                             list(POP_BACK chosen newest) list(TRANSFORM
                                                                                                                                                   chosen APPEND
                                                                                                                                               "-real")
                                                                                                                 set(CMAKE_CUDA_ARCHITECTURES ${
                                                                                                                     chosen} ${
-                                                                                                                    newest})
-                                                                                                                    endif()
+                                                                                                                    newest}) endif()
 
-                                                                                                                        set(CMAKE_CUDA_COMPILER
-                                                                                                                            "${nvcc}") set(CMAKE_CUDA_HOST_COMPILER
-                                                                                                                                           "${CMAKE_CXX_COMPILER}") enable_language(CUDA) find_package(CUDAToolkit REQUIRED) set(CMAKE_CUDA_STANDARD 17) set(CMAKE_CUDA_STANDARD_REQUIRED
-                                                                                                                                                                                                                                                                 ON)
-                                                                                                                            set(CMAKE_CUDA_EXTENSIONS OFF)
+                                                                                                                    set(CMAKE_CUDA_COMPILER
+                                                                                                                        "${nvcc}")
+                                                                                                                        set(CMAKE_CUDA_HOST_COMPILER
+                                                                                                                            "${CMAKE_CXX_COMPILER}") enable_language(CUDA) find_package(CUDAToolkit
+                                                                                                                                                                                            REQUIRED) set(CMAKE_CUDA_STANDARD 17) set(CMAKE_CUDA_STANDARD_REQUIRED
+                                                                                                                                                                                                                                          ON)
+                                                                                                                            set(CMAKE_CUDA_EXTENSIONS
+                                                                                                                                    OFF)
                                                                                                                                 set(CMAKE_CUDA_VISIBILITY_PRESET
-                                                                                                                                        hidden) set(CMAKE_CUDA_FLAGS_RELEASE
-                                                                                                                                                    "-O3 -DNDEBUG")
+                                                                                                                                        hidden)
+                                                                                                                                    set(CMAKE_CUDA_FLAGS_RELEASE
+                                                                                                                                        "-O3 -DNDEBUG")
 #Without contraction and with subnormal numbers as zero, \
     as on the CPU : the same
 #bits.All architectures at once, as far as there are cores.
-                                                                                                                                    add_library(
-                                                                                                                                        cuda_kernels OBJECT
-                                                                                                                                        "${cuda_source}") target_compile_options(cuda_kernels PRIVATE - ftz = true -
-                                                                                                                                                                                                              fmad = false -
-                                                                                                                                                                                                                     Xcompiler = -ffp - contract = off-- threads = 0 $ < $ < BOOL : ${LBE_CUDA_REPORT} > : -Xptxas =
-                                                                                                                                                                                                                                                                       -v >) add_library(cuda_runtime
-                                                                                                                                                                                                                                                                                             INTERFACE)
+                                                                                                                                        add_library(
+                                                                                                                                            cuda_kernels OBJECT
+                                                                                                                                            "${cuda_source}")
+                                                                                                                                            target_compile_options(
+                                                                                                                                                cuda_kernels PRIVATE - ftz = true - fmad = false - Xcompiler = -ffp - contract =
+                                                                                                                                                                                                                   off-- threads = 0 $ <
+                                                                                                                                                                                                                                   $ < BOOL : ${LBE_CUDA_REPORT} > : -Xptxas = -v >) add_library(cuda_runtime
+                                                                                                                                                                                                                                                                                                     INTERFACE)
 #The driver is looked for at run time, \
     so that the libraries load without one.The
 #runtime's symbols stay inside: a process may hold another version of it.
-                                                                                                                                        target_link_libraries(cuda_runtime INTERFACE
-                                                                                                                                                                  CUDA::cudart_static) target_link_options(cuda_runtime INTERFACE
-                                                                                                                                                                                                           "LINKER:--exclude-libs,libcudart_static.a:libculibos.a")
+                                                                                                                                                target_link_libraries(
+                                                                                                                                                    cuda_runtime INTERFACE
+                                                                                                                                                        CUDA::
+                                                                                                                                                            cudart_static)
+                                                                                                                                                    target_link_options(
+                                                                                                                                                        cuda_runtime INTERFACE
+                                                                                                                                                        "LINKER:--exclude-libs,libcudart_static.a:libculibos.a")
 
-                                                                                                                                            set(targets ${CMAKE_CUDA_ARCHITECTURES}) list(
-                                                                                                                                                TRANSFORM
-                                                                                                                                                    targets REPLACE
-                                                                                                                                                "^([0-9]+[af]?)$"
-                                                                                                                                                "\\1-real;\\1-virtual") list(TRANSFORM
-                                                                                                                                                                                 targets REPLACE
-                                                                                                                                                                             "^(.*)-real$"
-                                                                                                                                                                             "sm_\\1")
-                                                                                                                                                list(TRANSFORM
-                                                                                                                                                         targets REPLACE
-                                                                                                                                                     "^(.*)-virtual$"
-                                                                                                                                                     "compute_\\1") list(JOIN targets
-                                                                                                                                                                         " " targets) set(LBE_CUDA_TARGETS
-                                                                                                                                                                                          "CUDA ${CMAKE_CUDA_COMPILER_VERSION}: ${targets}")
-                                                                                                                                                    message(
-                                                                                                                                                        STATUS
-                                                                                                                                                        "With ${LBE_CUDA_TARGETS}") else() return () endif()
+                                                                                                                                                        set(targets ${CMAKE_CUDA_ARCHITECTURES}) list(
+                                                                                                                                                            TRANSFORM
+                                                                                                                                                                targets REPLACE
+                                                                                                                                                            "^([0-9]+[af]?)$"
+                                                                                                                                                            "\\1-real;\\1-virtual") list(TRANSFORM
+                                                                                                                                                                                             targets REPLACE
+                                                                                                                                                                                         "^(.*)-real$"
+                                                                                                                                                                                         "sm_\\1")
+                                                                                                                                                            list(TRANSFORM
+                                                                                                                                                                     targets REPLACE
+                                                                                                                                                                 "^(.*)-virtual$"
+                                                                                                                                                                 "compute_\\1") list(JOIN targets
+                                                                                                                                                                                     " " targets) set(LBE_CUDA_TARGETS
+                                                                                                                                                                                                      "CUDA ${CMAKE_CUDA_COMPILER_VERSION}: ${targets}") message(STATUS
+                                                                                                                                                                                                                                                                 "With ${LBE_CUDA_TARGETS}") else() return ()
+                                                                                                                                                                endif()
 
-                                                                                                                                                        target_include_directories(cuda_kernels PRIVATE
-                                                                                                                                                                                       cc) target_compile_definitions(cuda_kernels PRIVATE LBE_CUDA) target_sources(kernels PRIVATE $ <
-                                                                                                                                                                                                                                                                    TARGET_OBJECTS : cuda_kernels >)
+                                                                                                                                                                    target_include_directories(
+                                                                                                                                                                        cuda_kernels
+                                                                                                                                                                            PRIVATE
+                                                                                                                                                                                cc)
+                                                                                                                                                                        target_compile_definitions(
+                                                                                                                                                                            cuda_kernels
+                                                                                                                                                                                PRIVATE
+                                                                                                                                                                                    LBE_CUDA)
+                                                                                                                                                                            target_sources(
+                                                                                                                                                                                kernels PRIVATE
+                                                                                                                                                                                    $ <
+                                                                                                                                                                                TARGET_OBJECTS : cuda_kernels >)
 #Seen by whatever calls the kernels.
-                                                                                                                                                            target_compile_definitions(
-                                                                                                                                                                kernels PUBLIC
-                                                                                                                                                                    LBE_CUDA)
-                                                                                                                                                                target_link_libraries(
-                                                                                                                                                                    kernels PUBLIC
-                                                                                                                                                                        cuda_runtime)
+                                                                                                                                                                                target_compile_definitions(kernels PUBLIC
+                                                                                                                                                                                                               LBE_CUDA) target_link_libraries(kernels PUBLIC
+                                                                                                                                                                                                                                                   cuda_runtime)

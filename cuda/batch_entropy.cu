@@ -639,12 +639,13 @@ Cut CutColumns(int64_t rows, int64_t units, int columns, int lanes) {
   return {rows, units, lanes, kThreads / lanes, 0, tiles, 1};
 }
 
-// Halves the runs, down to `shortest` rows, where there would be fewer blocks
-// than wanted.
+// Halves the runs, down to `shortest` rows, where a block would have more rows
+// than there are, or where there would be fewer blocks than wanted.
 void CutRows(int64_t longest, int64_t shortest, int64_t blocks, Cut* cut) {
   cut->run_rows = longest;
   cut->splits = CeilDiv(cut->rows, cut->block_rows());
-  while (cut->run_rows > shortest && cut->tiles * cut->splits < blocks) {
+  while (cut->run_rows > shortest && (cut->block_rows() / 2 >= cut->rows ||
+                                      cut->tiles * cut->splits < blocks)) {
     cut->run_rows /= 2;
     cut->splits = CeilDiv(cut->rows, cut->block_rows());
   }

@@ -23,6 +23,8 @@
   kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
 #endif
 
+#include <type_traits>
+
 #include "kernels.h"
 
 namespace lbe {
@@ -708,23 +710,19 @@ struct Workspace {
   }
 };
 
-// Elements that can be read at once: 16 bytes, or 4 bytes of 16-bit elements,
-// or one element. Calls body(std::integral_constant-like) with the number.
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
+// Calls `body` with how many elements can be read at once, as a constant: 16
+// bytes, or 4 bytes of 16-bit elements, or one element.
 template <typename Element, typename Body>
 int WithVector(int64_t units, const void* x, const void* dx, const Body& body) {
   const uintptr_t pitch = units * sizeof(Element);
   const uintptr_t all =
       pitch | reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(dx);
-  if (all % 16 == 0) return body(Constant<kColumns<Element>>());
+  if (all % 16 == 0)
+    return body(std::integral_constant<int, kColumns<Element>>());
   if constexpr (sizeof(Element) == 2) {
-    if (all % 4 == 0) return body(Constant<2>());
+    if (all % 4 == 0) return body(std::integral_constant<int, 2>());
   }
-  return body(Constant<1>());
+  return body(std::integral_constant<int, 1>());
 }
 
 template <typename Element>
@@ -752,9 +750,9 @@ int Forward(cudaStream_t stream, const void* x, const Cut& cut,
   const unsigned blocks = static_cast<unsigned>(cut.tiles * cut.splits);
   const int error =
       WithVector<Element>(cut.units, x, nullptr, [&](auto vector) -> int {
-        LBE_LAUNCH((Statistics<Element, decltype(vector)::value>), blocks,
-                   kThreads, stream, static_cast<const Element*>(x), cut,
-                   results, partials);
+        LBE_LAUNCH((Statistics<Element, vector.value>), blocks, kThreads,
+                   stream, static_cast<const Element*>(x), cut, results,
+                   partials);
         return cudaGetLastError();
       });
   if (error != cudaSuccess || blocks == 1) return error;
@@ -788,7 +786,7 @@ int Backward(cudaStream_t stream, const void* x, const Cut& cut,
   };
   const unsigned blocks = static_cast<unsigned>(cut.tiles * cut.splits);
   return WithVector<Element>(cut.units, x, dx, [&](auto vector) -> int {
-    constexpr int kVector = decltype(vector)::value;
+    constexpr int kVector = vector.value;
     if (mean_grad != nullptr) {
       LBE_LAUNCH((Gradient<Element, kVector, true>), blocks, kThreads, stream,
                  arguments, cut);

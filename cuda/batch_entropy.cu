@@ -14,6 +14,7 @@
 // inline PTX.
 
 #ifndef LBE_CUDA_EMULATION
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -21,6 +22,8 @@
 #define LBE_LAUNCH(kernel, blocks, threads, stream, ...) \
   kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
 #endif
+
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -50,19 +53,17 @@ static_assert(kMergeColumns * kLanes == kGroupUnits, "a block is a group");
 // Rows that a thread of Gradient handles at most.
 constexpr int kGradientRows = 64;
 
+// Elements widened to the type of accumulators, and rounded from it to nearest,
+// ties to even. Two 16-bit elements are rounded by one instruction.
 template <typename Element>
-struct Numbers;
-template <>
-struct Numbers<float> {
-  using Scalar = float;
-  static __device__ float Load(float x) { return x; }
-  static __device__ float Round(float x) { return x; }
-};
-template <>
-struct Numbers<double> {
-  using Scalar = double;
-  static __device__ double Load(double x) { return x; }
-  static __device__ double Round(double x) { return x; }
+struct Numbers {
+  using Scalar = Element;
+  static __device__ Element Load(Element x) { return x; }
+  static __device__ Element Round(Element x) { return x; }
+  static __device__ void RoundTwo(const Element* from, Element* to) {
+    to[0] = from[0];
+    to[1] = from[1];
+  }
 };
 template <>
 struct Numbers<Half> {
@@ -73,6 +74,11 @@ struct Numbers<Half> {
   static __device__ Half Round(float x) {
     return {__half_as_ushort(__float2half_rn(x))};
   }
+  static __device__ void RoundTwo(const float* from, Half* to) {
+    const __half2 both = __floats2half2_rn(from[0], from[1]);
+    to[0] = {__half_as_ushort(both.x)};
+    to[1] = {__half_as_ushort(both.y)};
+  }
 };
 template <>
 struct Numbers<BFloat16> {
@@ -81,11 +87,12 @@ struct Numbers<BFloat16> {
     return BitCast<float>(static_cast<uint32_t>(x.bits) << 16);
   }
   static __device__ BFloat16 Round(float x) {
-    const uint32_t bits = BitCast<uint32_t>(x);
-    // To nearest, ties to even; a NaN stays a NaN.
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const uint32_t nan = (bits >> 16) | 0x40;
-    return {static_cast<uint16_t>(x == x ? rounded : nan)};
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+  }
+  static __device__ void RoundTwo(const float* from, BFloat16* to) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(from[0], from[1]);
+    to[0] = {__bfloat16_as_ushort(both.x)};
+    to[1] = {__bfloat16_as_ushort(both.y)};
   }
 };
 
@@ -93,6 +100,16 @@ struct Numbers<BFloat16> {
 template <typename Element, int kVector>
 struct alignas(kVector * sizeof(Element)) Vector {
   Element elements[kVector];
+};
+
+// The same while it waits in registers: two 16-bit elements in one.
+template <int kBytes>
+struct alignas(kBytes) Packed {
+  uint32_t words[kBytes / 4];
+};
+template <>
+struct alignas(2) Packed<2> {
+  uint16_t word;
 };
 
 __host__ __device__ constexpr int64_t CeilDiv(int64_t a, int64_t b) {
@@ -194,7 +211,11 @@ template <int kCount, int kVector, typename Scalar>
 __device__ Moments<Scalar> MergeGroups(const Cut& cut, const Place& place,
                                        const Pieces<kVector>& pieces,
                                        int64_t first, Moments<Scalar>* node) {
-  LBE_SHARED(Moments<Scalar>, shared, kWarps * kLanes * kCount);
+  // Padded, so that neither threads kVector columns apart nor neighbours meet
+  // in a bank.
+  constexpr int kPadding = 16;
+  constexpr int kWarpSlots = kLanes * kCount * (kPadding + 1) / kPadding;
+  LBE_SHARED(Moments<Scalar>, shared, kWarps * kWarpSlots);
   // The groups of a warp, pairwise; the result is in the first lanes.
   const int64_t own_first = first + place.group * cut.run_rows;
   int64_t rows = cut.run_rows;
@@ -217,7 +238,7 @@ __device__ Moments<Scalar> MergeGroups(const Cut& cut, const Place& place,
 #pragma unroll
     for (int c = 0; c < kCount; ++c) {
       const int column = pieces.column(c / kVector) + c % kVector;
-      shared[warp * tile_columns + column] = node[c];
+      shared[warp * kWarpSlots + column + column / kPadding] = node[c];
     }
   }
   __syncthreads();
@@ -225,24 +246,31 @@ __device__ Moments<Scalar> MergeGroups(const Cut& cut, const Place& place,
   if (Thread() < tile_columns) {
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      nodes[w] = shared[w * tile_columns + Thread()];
+      nodes[w] = shared[w * kWarpSlots + Thread() + Thread() / kPadding];
     }
     MergeEight(nodes, first, rows, cut.rows);
   }
   return nodes[0];
 }
 
-// v[0] of each kWidth of the block's values becomes their sum, by halves. Has
-// barriers.
+// The sum of the values of each kWidth threads, by halves, for the first of
+// them. Has barriers.
 template <int kWidth>
-__device__ void SumHalvesInBlock(double* values) {
-  __syncthreads();
-  for (int half = kWidth / 2; half > 0; half /= 2) {
-    if (Thread() % kWidth < half) {
-      values[Thread()] += values[Thread() + half];
-    }
+__device__ double SumHalvesInBlock(double value) {
+  LBE_SHARED(double, values, kThreads);
+  const int place = Thread() % kWidth;
+#pragma unroll
+  for (int half = kWidth / 2; half >= kLanes; half /= 2) {
+    // Nobody reads these any more: the last step read from 2 * half on.
+    if (place < 2 * half) values[Thread()] = value;
     __syncthreads();
+    if (place < half) value += values[Thread() + half];
   }
+#pragma unroll
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    value += __shfl_down_sync(kAllLanes, value, half);
+  }
+  return value;
 }
 
 // Where results go, and how they are made of moments.
@@ -261,18 +289,15 @@ struct Results {
 // barriers.
 template <typename Scalar>
 __device__ void SumGroups(int64_t units, const Results<Scalar>& results) {
-  LBE_SHARED(double, lanes, kThreads);
   const int64_t groups = CeilDiv(units, kGroupUnits);
   double sum = 0;
   for (int64_t group = Thread(); group < groups; group += kSumLanes) {
     // Past the first cache, which may not see what other blocks wrote.
     sum += __ldcg(&results.group_sums[group]);
   }
-  lanes[Thread()] = sum;
-  SumHalvesInBlock<kSumLanes>(lanes);
+  sum = SumHalvesInBlock<kSumLanes>(sum);
   if (Thread() == 0) {
-    *results.entropy =
-        static_cast<Scalar>(lanes[0] / static_cast<double>(units));
+    *results.entropy = static_cast<Scalar>(sum / static_cast<double>(units));
     if (results.valid != nullptr) *results.valid = Scalar(1);
   }
 }
@@ -283,7 +308,6 @@ template <typename Scalar>
 __device__ void Finish(const Cut& cut, int64_t tile, int tile_columns,
                        const Moments<Scalar>& moments,
                        const Results<Scalar>& results) {
-  LBE_SHARED(double, entropies, kThreads);
   const int64_t column = tile * tile_columns + Thread();
   double entropy = 0;
   if (Thread() < tile_columns && column < cut.units) {
@@ -293,11 +317,10 @@ __device__ void Finish(const Cut& cut, int64_t tile, int tile_columns,
     results.variance[column] = variance;
     entropy = UnitEntropy<Scalar>(variance, results.factors);
   }
-  entropies[Thread()] = entropy;
-  SumHalvesInBlock<kGroupUnits>(entropies);
+  const double sum = SumHalvesInBlock<kGroupUnits>(entropy);
   if (Thread() % kGroupUnits == 0 && Thread() < tile_columns &&
       column < cut.units) {
-    results.group_sums[column / kGroupUnits] = entropies[Thread()];
+    results.group_sums[column / kGroupUnits] = sum;
   }
 }
 
@@ -420,9 +443,9 @@ __global__ void __launch_bounds__(kThreads, kStatisticsBlocks<Element, kVector>)
 // The moments of all splits to one. The last block to finish adds up the
 // groups.
 template <typename Scalar>
-__global__ void __launch_bounds__(kThreads)
-    MergeSplits(Cut cut, int64_t split_rows, Results<Scalar> results,
-                Partials<Scalar> partials) {
+__global__ void __launch_bounds__(kThreads, 2)
+    MergeSplits(Cut cut, int64_t split_rows, int64_t run_splits,
+                Results<Scalar> results, Partials<Scalar> partials) {
   LBE_SHARED(bool, is_last, 1);
   constexpr int kAtOnce = 8;
   const Place place(cut);
@@ -441,6 +464,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
   for (int64_t k = 0; k * node_rows < own_rows; ++k) {
     const int64_t node_first = own_first + k * node_rows;
+    const int64_t node_split = place.group * run_splits + k * kAtOnce;
     int64_t rows = RowsOf(node_first, node_rows, cut.rows);
 #pragma unroll
     for (int c = 0; c < kMergeColumns; ++c) {
@@ -449,7 +473,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (pieces.inside(c) && i * split_rows < rows) {
-          const int64_t at = (node_first / split_rows + i) * cut.units + column;
+          const int64_t at = (node_split + i) * cut.units + column;
           nodes[i] = {partials.mean[at], partials.m2[at]};
         }
       }
@@ -510,7 +534,9 @@ struct GradientArguments {
 template <typename Element, int kVector>
 constexpr int kGradientBatch = kVector == 1 ? 2 : 4;
 template <typename Element, int kVector>
-constexpr int kGradientBlocks = kVector == kColumns<Element> ? 4 : 2;
+constexpr int kGradientBlocks = kVector < kColumns<Element> ? 2
+                                : sizeof(Element) == 2      ? 3
+                                                            : 4;
 
 // A block has the rows of its split, its groups one row each in turn.
 template <typename Element, int kVector, bool kOffset>
@@ -525,6 +551,33 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<Element, kVector>)
   const int tile_columns = cut.lanes * kCount;
   const int64_t tile_column = place.tile * tile_columns;
   const Pieces<kVector> pieces(cut, place, tile_columns);
+  const int64_t first = place.split * cut.block_rows();
+  const int64_t offset_in_x = (first + place.group) * cut.units + tile_column;
+  const int64_t step = cut.groups * cut.units;
+  const Element* from = a.x + offset_in_x;
+  Element* to = a.dx + offset_in_x;
+  // Rows from the thread's own to the end of the block's.
+  int rest =
+      static_cast<int>(RowsOf(first, cut.block_rows(), cut.rows)) - place.group;
+
+  // A batch is read before it is written, since dx may be x, and the first one
+  // before the thread waits for its columns' statistics.
+  Packed<sizeof(Piece)> values[kBatch][kPieces];
+  const auto read = [&] {
+#pragma unroll
+    for (int r = 0; r < kBatch; ++r, from += step) {
+      if (r * cut.groups >= rest) continue;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        if (pieces.inside(piece)) {
+          values[r][piece] = *reinterpret_cast<const Packed<sizeof(Piece)>*>(
+              from + pieces.column(piece));
+        }
+      }
+    }
+  };
+  read();
+
   const Scalar entropy_share = EntropyShare(*a.entropy_grad, a.factors);
   Scalar mean[kCount] = {}, slope[kCount] = {}, offset[kCount] = {};
 #pragma unroll
@@ -539,51 +592,41 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<Element, kVector>)
       offset[c] = MeanOffset(a.mean_grad[column], a.factors);
     }
   }
-  const int64_t split_first = place.split * cut.block_rows();
-  const int64_t own_first = split_first + place.group;
-  const int64_t split_rows = RowsOf(split_first, cut.block_rows(), cut.rows);
-  int rest = static_cast<int>(split_rows) - place.group;
-  const int64_t step = cut.groups * cut.units;
-  const Element* from = a.x + own_first * cut.units + tile_column;
-  Element* to = a.dx + own_first * cut.units + tile_column;
+
 #pragma unroll 1
-  for (; rest > 0; rest -= kBatch * cut.groups) {
-    // All rows are read before one is written: dx may be x.
-    Piece values[kBatch][kPieces];
-#pragma unroll
-    for (int r = 0; r < kBatch; ++r, from += step) {
-      if (r * cut.groups >= rest) continue;
-#pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        if (pieces.inside(piece)) {
-          values[r][piece] =
-              *reinterpret_cast<const Piece*>(from + pieces.column(piece));
-        }
-      }
-    }
+  while (rest > 0) {
 #pragma unroll
     for (int r = 0; r < kBatch; ++r, to += step) {
       if (r * cut.groups >= rest) continue;
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
         if (!pieces.inside(piece)) continue;
-        Piece result;
+        const Piece x_values = BitCast<Piece>(values[r][piece]);
+        Scalar gradient[kVector];
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
           const int c = piece * kVector + i;
-          const Scalar value =
-              Numbers<Element>::Load(values[r][piece].elements[i]);
+          const Scalar value = Numbers<Element>::Load(x_values.elements[i]);
           if constexpr (kOffset) {
-            result.elements[i] = Numbers<Element>::Round(
-                UnitGradient(value, mean[c], slope[c], offset[c]));
+            gradient[i] = UnitGradient(value, mean[c], slope[c], offset[c]);
           } else {
-            result.elements[i] =
-                Numbers<Element>::Round(UnitGradient(value, mean[c], slope[c]));
+            gradient[i] = UnitGradient(value, mean[c], slope[c]);
+          }
+        }
+        Piece result;
+        if constexpr (kVector == 1) {
+          result.elements[0] = Numbers<Element>::Round(gradient[0]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kVector; i += 2) {
+            Numbers<Element>::RoundTwo(&gradient[i], &result.elements[i]);
           }
         }
         *reinterpret_cast<Piece*>(to + pieces.column(piece)) = result;
       }
     }
+    rest -= kBatch * cut.groups;
+    read();
   }
 }
 
@@ -598,12 +641,13 @@ Cut CutColumns(int64_t rows, int64_t units, int columns, int lanes) {
   return {rows, units, lanes, kThreads / lanes, 0, tiles, 1};
 }
 
-// Halves the runs, down to `shortest` rows, where there would be fewer blocks
-// than wanted.
+// Halves the runs, down to `shortest` rows, where a block would have more rows
+// than there are, or where there would be fewer blocks than wanted.
 void CutRows(int64_t longest, int64_t shortest, int64_t blocks, Cut* cut) {
   cut->run_rows = longest;
   cut->splits = CeilDiv(cut->rows, cut->block_rows());
-  while (cut->run_rows > shortest && cut->tiles * cut->splits < blocks) {
+  while (cut->run_rows > shortest && (cut->block_rows() / 2 >= cut->rows ||
+                                      cut->tiles * cut->splits < blocks)) {
     cut->run_rows /= 2;
     cut->splits = CeilDiv(cut->rows, cut->block_rows());
   }
@@ -666,23 +710,19 @@ struct Workspace {
   }
 };
 
-// Elements that can be read at once: 16 bytes, or 4 bytes of 16-bit elements,
-// or one element. Calls body(std::integral_constant-like) with the number.
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
+// Calls `body` with how many elements can be read at once, as a constant: 16
+// bytes, or 4 bytes of 16-bit elements, or one element.
 template <typename Element, typename Body>
 int WithVector(int64_t units, const void* x, const void* dx, const Body& body) {
   const uintptr_t pitch = units * sizeof(Element);
   const uintptr_t all =
       pitch | reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(dx);
-  if (all % 16 == 0) return body(Constant<kColumns<Element>>());
+  if (all % 16 == 0)
+    return body(std::integral_constant<int, kColumns<Element>>());
   if constexpr (sizeof(Element) == 2) {
-    if (all % 4 == 0) return body(Constant<2>());
+    if (all % 4 == 0) return body(std::integral_constant<int, 2>());
   }
-  return body(Constant<1>());
+  return body(std::integral_constant<int, 1>());
 }
 
 template <typename Element>
@@ -710,9 +750,9 @@ int Forward(cudaStream_t stream, const void* x, const Cut& cut,
   const unsigned blocks = static_cast<unsigned>(cut.tiles * cut.splits);
   const int error =
       WithVector<Element>(cut.units, x, nullptr, [&](auto vector) -> int {
-        LBE_LAUNCH((Statistics<Element, decltype(vector)::value>), blocks,
-                   kThreads, stream, static_cast<const Element*>(x), cut,
-                   results, partials);
+        LBE_LAUNCH((Statistics<Element, vector.value>), blocks, kThreads,
+                   stream, static_cast<const Element*>(x), cut, results,
+                   partials);
         return cudaGetLastError();
       });
   if (error != cudaSuccess || blocks == 1) return error;
@@ -721,7 +761,8 @@ int Forward(cudaStream_t stream, const void* x, const Cut& cut,
   } else {
     const Cut merge = CutMerge(cut);
     LBE_LAUNCH(MergeSplits<Scalar>, static_cast<unsigned>(merge.tiles),
-               kThreads, stream, merge, cut.block_rows(), results, partials);
+               kThreads, stream, merge, cut.block_rows(),
+               merge.run_rows / cut.block_rows(), results, partials);
   }
   return cudaGetLastError();
 }
@@ -745,7 +786,7 @@ int Backward(cudaStream_t stream, const void* x, const Cut& cut,
   };
   const unsigned blocks = static_cast<unsigned>(cut.tiles * cut.splits);
   return WithVector<Element>(cut.units, x, dx, [&](auto vector) -> int {
-    constexpr int kVector = decltype(vector)::value;
+    constexpr int kVector = vector.value;
     if (mean_grad != nullptr) {
       LBE_LAUNCH((Gradient<Element, kVector, true>), blocks, kThreads, stream,
                  arguments, cut);

@@ -65,8 +65,8 @@ FAULTS = {
         ("none", "FAILED"),
     ),
     "a missing barrier between two steps of a sum": (
-        "    }\n    __syncthreads();\n  }\n",
-        "    }\n  }\n  __syncthreads();\n",
+        "    __syncthreads();\n    if (place < half) value +=",
+        "    if (place < half) value +=",
         ("thread", "data race"),
     ),
     "a column too many": (
@@ -80,8 +80,8 @@ FAULTS = {
         ("address", "heap-buffer-overflow"),
     ),
     "shared memory too small": (
-        "shared, kWarps * kLanes * kCount);",
-        "shared, kWarps * kLanes * kCount / 2);",
+        "shared, kWarps * kWarpSlots);",
+        "shared, (kWarps - 1) * kWarpSlots);",
         ("address", "AddressSanitizer"),
     ),
     "shared memory that is not written": (

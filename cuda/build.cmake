@@ -78,7 +78,7 @@ if(LBE_CUDA STREQUAL "EMULATED")
   set(cuda_emulation "${CMAKE_SOURCE_DIR}/tests/cuda_emulation.h")
   set_source_files_properties("${cuda_source}" PROPERTIES
     OBJECT_DEPENDS "${cuda_emulation}")
-  target_compile_options(cuda_kernels PRIVATE -ffp-contract=off)
+  target_compile_options(cuda_kernels PRIVATE -ffp-contract=off -fno-strict-aliasing)
   add_library(cuda_runtime INTERFACE)
   target_compile_definitions(cuda_runtime INTERFACE LBE_CUDA_EMULATION)
   target_compile_options(cuda_runtime INTERFACE "SHELL:-include \"${cuda_emulation}\"")

@@ -47,7 +47,7 @@ def test_mean_variance_and_gradient_are_the_canonical_bits(dtype, shape):
     n, units = shape
     scalar = wide.dtype.type
     variance = m2 / scalar(n - 1)
-    slope = scalar(-2.5 * oracle.SCALE / (float(units) * (n - 1))) / (
+    slope = scalar(-2.5 * (oracle.SCALE / (float(units) * (n - 1)))) / (
         variance * scalar(oracle.SCALE) + scalar(1)
     )
     dx = (slope * (wide - mean)).astype(x.dtype)

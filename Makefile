@@ -13,10 +13,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 REQUIREMENTS := $(VENV)/.requirements-installed
 PACKAGE := $(VENV)/.lbe_ops-installed
+BUILD_OPTIONS := $(VENV)/.build-options
 SOURCES := $(shell find lbe_ops cc cuda -type f -not -name '*.py[co]' \
              -not -name '*.so' 2>/dev/null) \
            CMakeLists.txt setup.py MANIFEST.in README.md LICENSE
-CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.h cuda/*.cu tests/*.cc)
+CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.cu tests/*.h tests/*.cc)
 
 .PHONY: help demo test build bench test-gpu bench-gpu lint format sanitize clean
 .NOTPARALLEL:
@@ -92,9 +93,17 @@ $(REQUIREMENTS): pyproject.toml .ci/requirements.py
 
 # Without build isolation: TensorFlow is in .venv already. CMake's folder is kept in
 # build/, so that only what changed is compiled again; copies of old modules are not.
-$(PACKAGE): $(REQUIREMENTS) $(SOURCES)
+$(PACKAGE): $(REQUIREMENTS) $(SOURCES) $(BUILD_OPTIONS)
 	rm -rf build/lib* dist
 	$(BIN)/python -m pip wheel -v --no-build-isolation --no-deps -w dist .
 	$(BIN)/python -m pip install --force-reinstall --no-deps dist/lbe_ops-*.whl
 	$(BIN)/lbe-ops info
 	@touch $@
+
+# Built anew where the options or the CUDA compiler are others than last time.
+$(BUILD_OPTIONS): $(REQUIREMENTS) always
+	@options="$(LBE_CUDA) $(LBE_XLA) $${CUDACXX:-$$(PATH="$$PATH:/usr/local/cuda/bin" \
+	  command -v nvcc)}"; \
+	[ "$$(cat $@ 2>/dev/null)" = "$$options" ] || echo "$$options" > $@
+
+.PHONY: always

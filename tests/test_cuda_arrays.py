@@ -381,6 +381,9 @@ def test_capture_in_a_cuda_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
+        with pytest.raises(ValueError, match="CUDA graph cannot hold a number"):
+            stream = torch.cuda.current_stream().cuda_stream
+            module.batch_entropy_grad(x, *out[1:], 2.0, dx=dx, stream=stream)
     for seed in range(3):
         values = normal((1000, units), "float32", seed)
         x.copy_(torch.from_numpy(values))

@@ -126,7 +126,7 @@ struct View {
       shape.push_back(SizeOf(size));
     }
     typestr = interface["typestr"].cast<std::string>();
-    if (typestr.size() < 3 ||
+    if (typestr.size() < 3 || typestr.size() > 5 || typestr[2] == '0' ||
         typestr.find_first_not_of("0123456789", 2) != std::string::npos) {
       throw py::type_error(name + " has no dtype of a fixed size. Received: " +
                            "typestr '" + typestr + "'");
@@ -182,7 +182,7 @@ struct View {
 
 DType DTypeOf(const View& x, const py::object& dtype) {
   const bool half_bits =
-      ItemSize(x.typestr) == 2 &&
+      x.typestr[0] != '>' && ItemSize(x.typestr) == 2 &&
       std::string("uiV").find(x.typestr[1]) != std::string::npos;
   const bool given = !dtype.is_none();
   const std::string wanted = given ? std::string(py::str(dtype)) : "";
@@ -207,7 +207,7 @@ DType DTypeOf(const View& x, const py::object& dtype) {
       (given ? ", dtype " + std::string(py::repr(dtype)) : ""));
 }
 
-// Memory of ours on a GPU, from the memory pool of CUDA, made and freed in the
+// Memory of our own on a GPU, from the memory pool of CUDA, made and freed in the
 // order of a stream, which must outlive it.
 class Memory {
  public:

@@ -123,8 +123,12 @@ elseif(LBE_CUDA)
   # Without contraction and with subnormal numbers as zero, as on the CPU: the same
   # bits. All architectures at once, as far as there are cores.
   add_library(cuda_kernels OBJECT "${cuda_source}")
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13)
+    # A sixth of the size. Older toolkits serve drivers that cannot unpack this.
+    set(pack --compress-mode=size)
+  endif()
   target_compile_options(cuda_kernels PRIVATE -ftz=true -fmad=false
-    -Xcompiler=-ffp-contract=off --threads=0
+    -Xcompiler=-ffp-contract=off --threads=0 ${pack}
     $<$<BOOL:${LBE_CUDA_REPORT}>:-Xptxas=-v>)
   add_library(cuda_runtime INTERFACE)
   # The driver is looked for at run time, so that the libraries load without one. The

@@ -224,6 +224,8 @@ X = np.zeros((3, 2), np.float32)
         (Foreign(X.astype(">f4")), {}, TypeError, "byte order.*'>f4'"),
         (Foreign(X), {"dtype": "bfloat16"}, TypeError, "'<f4', dtype 'bfloat16'"),
         (Foreign(X, typestr="|O"), {}, TypeError, r"typestr '\|O'"),
+        (Foreign(X, typestr="|V0"), {}, TypeError, r"typestr '\|V0'"),
+        (Foreign(X, typestr=">u2"), {"dtype": "bfloat16"}, TypeError, "'>u2'"),
         (Foreign(X.T), {}, ValueError, "contiguous.*shape .2, 3."),
         (Foreign(X[:, ::-1]), {}, ValueError, "contiguous"),
         (Foreign(X, mask=Foreign(X)), {}, ValueError, "mask"),

@@ -207,8 +207,8 @@ DType DTypeOf(const View& x, const py::object& dtype) {
       (given ? ", dtype " + std::string(py::repr(dtype)) : ""));
 }
 
-// Memory of our own on a GPU, from the memory pool of CUDA, made and freed in the
-// order of a stream, which must outlive it.
+// Memory of our own on a GPU, from the memory pool of CUDA, made and freed in
+// the order of a stream, which must outlive it.
 class Memory {
  public:
   Memory(int64_t bytes, int device, uintptr_t stream)

@@ -28,7 +28,8 @@ struct CustomCallOptions {
 };
 
 // Whether this library can run the call there: it has the kernels, and XLA has
-// accepted the handler.
+// accepted the handler. Never if the environment says
+// LBE_OPS_XLA_CUSTOM_CALL=0, for comparisons with plain HLO.
 bool HasCustomCall(Platform platform);
 
 // Size of the workspace in bytes, at least 1.

@@ -307,14 +307,22 @@ class Registrar {
     for (const char* device :
          {tensorflow::DEVICE_CPU_XLA_JIT, tensorflow::DEVICE_GPU_XLA_JIT}) {
       if (IsRegistered(op, device)) continue;
-      // Of every dtype that the op admits; ToDType knows no others.
       tensorflow::kernel_factory::OpKernelRegistrar(
-          tensorflow::KernelDefBuilder(op).Device(device).Build(), "LbeXlaOp",
-          create);
+          tensorflow::KernelDefBuilder(op)
+              .Device(device)
+              .TypeConstraint("T", kDTypes)
+              .Build(),
+          "LbeXlaOp", create);
     }
   }
 
  private:
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
+  tensorflow::tensorflow_name,
+  static constexpr tensorflow::DataType kDTypes[] = {
+      LBE_FOR_EACH_DTYPE(LBE_DTYPE)};
+#undef LBE_DTYPE
+
   static bool IsRegistered(const char* op, absl::string_view device) {
     const tensorflow::KernelList list =
         tensorflow::GetRegisteredKernelsForOp(op);

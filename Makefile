@@ -11,7 +11,9 @@ EXTRAS := cpu experiments bench test dev
 VENV := .venv
 BIN := $(VENV)/bin
 REQUIREMENTS := $(VENV)/.requirements-installed
-PACKAGE := $(VENV)/.lbe_ops-installed
+# Built anew where the headers that XLA needs have been installed since.
+XLA_HEADERS := $(wildcard /usr/include/highwayhash/highwayhash.h /usr/include/farmhash.h)
+PACKAGE := $(VENV)/.lbe_ops-installed$(if $(filter 2,$(words $(XLA_HEADERS))),-with-xla)
 SOURCES := $(shell find lbe_ops cc cuda -type f -not -name '*.py[co]' \
              -not -name '*.so' 2>/dev/null) \
            CMakeLists.txt setup.py MANIFEST.in README.md LICENSE

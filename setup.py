@@ -36,7 +36,10 @@ def tensorflow_requirement() -> list[str]:
 
 
 class CMakeBuild(build_ext):
-    """Puts `lbe_ops/libtf_ops.so` and the module `lbe_ops_numpy` into the wheel."""
+    """Puts `lbe_ops/lib*_ops.so` and the module `lbe_ops_numpy` into the wheel.
+
+    The environment variable LBE_XLA (AUTO, ON or OFF) is CMake's option of that name.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         output = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -57,6 +60,9 @@ class CMakeBuild(build_ext):
             f"-DLBE_OUTPUT_DIR={output}",
             f"-DLBE_VERSION={self.distribution.get_version()}",
         ]
+        for option in ("LBE_XLA",):
+            if option in os.environ:
+                configure.append(f"-D{option}={os.environ[option]}")
         subprocess.run(configure, env=env, check=True)
         subprocess.run([cmake, "--build", build], env=env, check=True)
 

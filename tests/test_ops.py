@@ -17,6 +17,7 @@ from conftest import (
     assert_grad,
     assert_statistics,
     require_native,
+    require_xla,
     tensor,
 )
 from hypothesis import HealthCheck, given, settings
@@ -516,6 +517,15 @@ def test_the_input_is_never_overwritten(native_ops, rng):
         entropy = lbe_ops.batch_entropy(x, native=True)
     tape.gradient(entropy, x)
     assert (x.numpy() == before).all()
+
+
+def test_a_trace_made_outside_of_xla_runs_within():
+    require_native()
+    require_xla()
+    x = tf.constant([[0.0, 1.0], [2.0, 1.0]])
+    traced = tf.function(lambda x: lbe_ops.batch_entropy(x, native=True))
+    expected = float(traced(x))
+    assert float(tf.function(lambda x: traced(x), jit_compile=True)(x)) == expected
 
 
 def test_saved_model_with_the_op_loads_in_another_process(native_ops, tmp_path):

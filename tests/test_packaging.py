@@ -56,9 +56,11 @@ def test_tensorflow_is_asked_for_by_extras_only():
 
 
 @needs_installation
-def test_wheel_holds_both_libraries_and_the_licence():
+def test_wheel_holds_the_libraries_and_the_licence():
     names = {file.name for file in importlib.metadata.files("lbe_ops")}
     assert {"libtf_ops.so", "LICENSE"} <= names
+    if os.environ.get("LBE_REQUIRE_XLA") == "1":
+        assert native.XLA_LIBRARY_NAME in names
     assert any(name.startswith("lbe_ops_numpy.") for name in names)
 
 

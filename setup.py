@@ -38,7 +38,8 @@ def tensorflow_requirement() -> list[str]:
 class CMakeBuild(build_ext):
     """Puts `lbe_ops/lib*_ops.so` and the module `lbe_ops_numpy` into the wheel.
 
-    The environment variable LBE_XLA (AUTO, ON or OFF) is CMake's option of that name.
+    The environment variables LBE_CUDA and LBE_XLA (AUTO, ON or OFF) are CMake's options
+    of that name.
     """
 
     def build_extension(self, ext: Extension) -> None:
@@ -60,7 +61,7 @@ class CMakeBuild(build_ext):
             f"-DLBE_OUTPUT_DIR={output}",
             f"-DLBE_VERSION={self.distribution.get_version()}",
         ]
-        for option in ("LBE_XLA",):
+        for option in ("LBE_CUDA", "LBE_XLA"):
             if option in os.environ:
                 configure.append(f"-D{option}={os.environ[option]}")
         subprocess.run(configure, env=env, check=True)

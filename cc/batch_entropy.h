@@ -85,6 +85,8 @@ struct MergeWeights {
 
 template <typename Scalar>
 LBE_MATH MergeWeights<Scalar> WeightsOf(int64_t a, int64_t b) {
+  // As below, without a division.
+  if (a == b) return {Scalar(0.5), Scalar(0.5) * static_cast<Scalar>(a)};
   const double share = static_cast<double>(b) / static_cast<double>(a + b);
   return {static_cast<Scalar>(share),
           static_cast<Scalar>(share * static_cast<double>(a))};
@@ -220,6 +222,20 @@ LBE_MATH V UnitEntropy(const V& variance,
   return V(t < kInfinity ? defined : t) * Scalar(0.5);
 }
 
+// The sum of the entropies of all units: those of each kGroupUnits units by
+// halves (v[i] += v[i + 32], v[i] += v[i + 16], ...), a missing one as 0; then
+// every kSumLanes-th group's sum one after the other, and those sums by halves.
+constexpr int kGroupUnits = 64;
+constexpr int kSumLanes = 256;
+
+template <int kWidth>
+LBE_MATH double SumHalves(double values[kWidth]) {
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) values[i] += values[i + half];
+  }
+  return values[0];
+}
+
 // The gradient of g * H and of g_mean * mean and g_variance * variance is
 //   dx_nu = offset_u + slope_u * (x_nu - mean_u):
 //   slope_u  = g * scale / (U (N - ddof) (scale * v_u + offset))
@@ -227,7 +243,7 @@ LBE_MATH V UnitEntropy(const V& variance,
 //   offset_u = g_mean_u / N
 template <typename Scalar>
 struct GradientFactors {
-  Scalar entropy;   // g * scale / (U (N - ddof))
+  double entropy;   // scale / (U (N - ddof))
   Scalar variance;  // 2 / (N - ddof)
   Scalar mean;      // 1 / N
   Scalar scale;
@@ -236,22 +252,28 @@ struct GradientFactors {
 
 // REQUIRES: rows > ddof.
 template <typename Scalar>
-LBE_MATH GradientFactors<Scalar> GradientFactorsOf(Scalar entropy_grad,
-                                                   int64_t rows, int64_t units,
+LBE_MATH GradientFactors<Scalar> GradientFactorsOf(int64_t rows, int64_t units,
                                                    const Formula& formula) {
   const double freedom = static_cast<double>(rows - formula.ddof);
-  return {
-      static_cast<Scalar>(static_cast<double>(entropy_grad) * formula.scale /
-                          (static_cast<double>(units) * freedom)),
-      static_cast<Scalar>(2 / freedom),
-      static_cast<Scalar>(1 / static_cast<double>(rows)),
-      static_cast<Scalar>(formula.scale), static_cast<Scalar>(formula.offset)};
+  return {formula.scale / (static_cast<double>(units) * freedom),
+          static_cast<Scalar>(2 / freedom),
+          static_cast<Scalar>(1 / static_cast<double>(rows)),
+          static_cast<Scalar>(formula.scale),
+          static_cast<Scalar>(formula.offset)};
+}
+
+// g * scale / (U (N - ddof))
+template <typename Scalar>
+LBE_MATH Scalar EntropyShare(Scalar entropy_grad,
+                             const GradientFactors<Scalar>& factors) {
+  return static_cast<Scalar>(static_cast<double>(entropy_grad) *
+                             factors.entropy);
 }
 
 template <typename Scalar, typename V>
-LBE_MATH V EntropySlope(const V& variance,
+LBE_MATH V EntropySlope(const V& variance, Scalar entropy_share,
                         const GradientFactors<Scalar>& factors) {
-  return factors.entropy / (variance * factors.scale + factors.offset);
+  return entropy_share / (variance * factors.scale + factors.offset);
 }
 
 template <typename Scalar, typename V>

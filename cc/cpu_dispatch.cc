@@ -132,7 +132,7 @@ ForwardCut CutForward(const CpuLoops& loops, int64_t rows, int64_t units,
   const bool serial = rows * units * loops.element_bytes < kSerialBytes;
   const int64_t wanted = serial ? 1 : threads * kPartsPerThread;
   // Long pieces of rows are read fastest: cut the rows first, then the columns.
-  int64_t tile = std::min(kTile, CeilDiv(units, kGroup) * kGroup);
+  int64_t tile = std::min(kTile, CeilDiv(units, kGroupUnits) * kGroupUnits);
   int64_t part = kPartRows;
   while (part > kMinPartRows &&
          CeilDiv(units, tile) * CeilDiv(rows, part) < wanted) {
@@ -140,8 +140,9 @@ ForwardCut CutForward(const CpuLoops& loops, int64_t rows, int64_t units,
   }
   const int64_t parts = CeilDiv(rows, part);
   if (CeilDiv(units, tile) * parts < wanted) {
-    tile = std::max(CeilDiv(CeilDiv(units * parts, wanted), kGroup) * kGroup,
-                    std::min(tile, kMinTile));
+    tile = std::max(
+        CeilDiv(CeilDiv(units * parts, wanted), kGroupUnits) * kGroupUnits,
+        std::min(tile, kMinTile));
   }
   return {tile, CeilDiv(units, tile), part, parts};
 }
@@ -169,7 +170,7 @@ int64_t BatchEntropyForwardCpuWorkspace(DType dtype, int64_t rows,
                                         int64_t units, int threads) {
   const CpuLoops& loops = LoopsFor(dtype);
   const ForwardCut cut = CutForward(loops, rows, units, threads);
-  const int64_t sums = CeilDiv(units, kGroup) * sizeof(double);
+  const int64_t sums = CeilDiv(units, kGroupUnits) * sizeof(double);
   const int64_t moments =
       cut.parts > 1 ? 2 * cut.parts * units * loops.result_bytes : 0;
   return CeilDiv(sums, 64) * 64 + moments;
@@ -181,14 +182,14 @@ void BatchEntropyForwardCpu(const Parallel& parallel, DType dtype,
                             void* variance, void* entropy) {
   const CpuLoops& loops = LoopsFor(dtype);
   const ForwardCut cut = CutForward(loops, rows, units, parallel.threads);
-  const int64_t groups = CeilDiv(units, kGroup);
+  const int64_t groups = CeilDiv(units, kGroupUnits);
   double* sums = static_cast<double*>(workspace);
   const auto at = [&loops](void* base, int64_t index) {
     return static_cast<char*>(base) + index * loops.result_bytes;
   };
   const auto finish = [&](int64_t column, int64_t columns) {
     loops.finish(rows, columns, formula, at(variance, column),
-                 sums + column / kGroup);
+                 sums + column / kGroupUnits);
   };
   const auto columns_of = [&](int64_t tile) {
     return std::min(cut.tile_columns, units - tile * cut.tile_columns);
@@ -230,8 +231,11 @@ void BatchEntropyForwardCpu(const Parallel& parallel, DType dtype,
     });
   }
   FloatingPointMode mode;
-  double sum = 0;
-  for (int64_t group = 0; group < groups; ++group) sum += sums[group];
+  double lanes[kSumLanes] = {};
+  for (int64_t group = 0; group < groups; ++group) {
+    lanes[group % kSumLanes] += sums[group];
+  }
+  const double sum = SumHalves<kSumLanes>(lanes);
   SetScalar(dtype, sum / static_cast<double>(units), entropy);
 }
 

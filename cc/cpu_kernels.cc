@@ -368,18 +368,19 @@ struct Loops {
   static void Finish(int64_t rows, int64_t columns, const Formula& formula,
                      void* m2, double* group_sums) {
     const auto factors = EntropyFactorsOf<Scalar>(formula);
-    for (int64_t group = 0; group < columns; group += kGroup) {
-      double sum = 0;
-      for (int64_t c = group; c < group + kGroup && c < columns; c += kLanes) {
+    for (int64_t group = 0; group < columns; group += kGroupUnits) {
+      double entropies[kGroupUnits] = {};
+      for (int64_t i = 0; i < kGroupUnits && group + i < columns; i += kLanes) {
+        const int64_t c = group + i;
         const Line variance =
             Variance<Scalar>(LoadResult(m2, c, columns), rows, formula);
         StoreResult(variance, c, columns, m2);
         const Line entropy = UnitEntropy<Scalar>(variance, factors);
         for (int64_t lane = 0; lane < kLanes && c + lane < columns; ++lane) {
-          sum += entropy[lane];
+          entropies[i + lane] = entropy[lane];
         }
       }
-      group_sums[group / kGroup] = sum;
+      group_sums[group / kGroupUnits] = SumHalves<kGroupUnits>(entropies);
     }
   }
 
@@ -426,9 +427,10 @@ struct Loops {
   static void Gradient(const GradientOperands& operands, int64_t row,
                        int64_t rows, int64_t column, int64_t columns,
                        bool stream) {
-    const auto factors =
-        GradientFactorsOf(*static_cast<const Scalar*>(operands.entropy_grad),
-                          operands.rows, operands.units, *operands.formula);
+    const auto factors = GradientFactorsOf<Scalar>(
+        operands.rows, operands.units, *operands.formula);
+    const Scalar entropy_share = EntropyShare(
+        *static_cast<const Scalar*>(operands.entropy_grad), factors);
     const bool has_offset = operands.mean_grad != nullptr;
     alignas(kLineBytes) Line mean[kGradientTile / kLanes];
     alignas(kLineBytes) Line slope[kGradientTile / kLanes];
@@ -437,8 +439,8 @@ struct Loops {
     for (int64_t line = 0; line * kLanes < columns; ++line) {
       const int64_t c = column + line * kLanes;
       mean[line] = LoadResult(operands.mean, c, end);
-      slope[line] =
-          EntropySlope(LoadResult(operands.variance, c, end), factors);
+      slope[line] = EntropySlope(LoadResult(operands.variance, c, end),
+                                 entropy_share, factors);
       if (has_offset) {
         slope[line] +=
             VarianceSlope(LoadResult(operands.variance_grad, c, end), factors);

@@ -14,13 +14,10 @@
 namespace lbe {
 
 // `moments` works on at most kTile columns and kPartRows rows, a whole node of
-// the tree, `gradient` on at most kGradientTile columns. The entropies of a
-// group of columns are summed first, then the groups, however the columns are
-// tiled.
+// the tree, `gradient` on at most kGradientTile columns.
 constexpr int64_t kTile = 2048;
 constexpr int64_t kPartRows = 8192;
 constexpr int64_t kGradientTile = 4096;
-constexpr int64_t kGroup = 64;
 
 // The operands of one gradient; see BatchEntropyGradCpu.
 struct GradientOperands {
@@ -50,7 +47,7 @@ struct CpuLoops {
   void (*merge)(int64_t a_rows, int64_t b_rows, int64_t columns,
                 const void* b_mean, const void* b_m2, void* mean, void* m2);
   // m2 [columns] of all rows to variance, in place, and the entropies of each
-  // kGroup columns to one sum.
+  // kGroupUnits columns to one sum.
   void (*finish)(int64_t rows, int64_t columns, const Formula& formula,
                  void* m2, double* group_sums);
   // Rows [row, row + rows) and columns [column, column + columns) of dx; with

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The TensorFlow ops LBE>BatchEntropy and LBE>BatchEntropyGrad: schema, shape
-// function and CPU kernel, forward and gradient side by side.
+// function and kernel for CPU and GPU, forward and gradient side by side.
 //
 // Glue: checks, allocates, calls the launchers of kernels.h, reports.
 
@@ -15,6 +15,10 @@
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/lib/core/threadpool.h"
 #include "tf_attributes.h"
+
+#ifdef LBE_CUDA
+#include "xla/stream_executor/stream.h"
+#endif
 
 // native.py reads this from the file before it loads it.
 extern "C" const char kLbeOpsMarker[] __attribute__((used)) =
@@ -149,29 +153,95 @@ class BatchEntropyKernel : public OpKernel {
     return absl::OkStatus();
   }
 
-  static Parallel ParallelOf(OpKernelContext* context) {
-    auto* pool = context->device()->tensorflow_cpu_worker_threads()->workers;
-    return {pool->NumThreads(), pool,
+  DType dtype_;
+  Formula formula_;
+};
+
+// The launchers of kernels.h for one device, with one signature for both.
+// Pointers are to that device's memory.
+class Cpu {
+ public:
+  explicit Cpu(OpKernelContext* context)
+      : pool_(context->device()->tensorflow_cpu_worker_threads()->workers) {}
+
+  absl::Status SetZero(Tensor* tensor) const {
+    std::memset(tensor->data(), 0, tensor->TotalBytes());
+    return absl::OkStatus();
+  }
+  template <typename... Arguments>
+  int64_t ForwardWorkspace(Arguments... arguments) const {
+    return BatchEntropyForwardCpuWorkspace(arguments..., pool_->NumThreads());
+  }
+  absl::Status Forward(DType dtype, const void* x, int64_t rows, int64_t units,
+                       const Formula& formula, void* workspace, void* mean,
+                       void* variance, void* entropy, void* valid) const {
+    SetScalar(dtype, 1, valid);
+    BatchEntropyForwardCpu(parallel(), dtype, x, rows, units, formula,
+                           workspace, mean, variance, entropy);
+    return absl::OkStatus();
+  }
+  template <typename... Arguments>
+  absl::Status Gradient(const Arguments&... arguments) const {
+    BatchEntropyGradCpu(parallel(), arguments...);
+    return absl::OkStatus();
+  }
+
+ private:
+  using ThreadPool = tensorflow::thread::ThreadPool;
+
+  Parallel parallel() const {
+    return {pool_->NumThreads(), pool_,
             [](void* pool, int workers, void (*body)(void*), void* argument) {
-              using tensorflow::thread::ThreadPool;
               static_cast<ThreadPool*>(pool)->ParallelFor(
                   workers, ThreadPool::SchedulingParams::Fixed(1),
                   [body, argument](int64_t, int64_t) { body(argument); });
             }};
   }
 
-  DType dtype_;
-  Formula formula_;
+  ThreadPool* pool_;
 };
 
-void SetZero(Tensor* tensor) {
-  std::memset(const_cast<char*>(tensor->tensor_data().data()), 0,
-              tensor->TotalBytes());
-}
-
-class BatchEntropyCpu : public BatchEntropyKernel {
+#ifdef LBE_CUDA
+// Everything goes to TensorFlow's own stream: nothing here waits for the GPU.
+class Gpu {
  public:
-  explicit BatchEntropyCpu(OpKernelConstruction* context)
+  explicit Gpu(OpKernelContext* context)
+      : stream_(context->op_device_context()
+                    ->stream()
+                    ->platform_specific_handle()
+                    .stream) {}
+
+  absl::Status SetZero(Tensor* tensor) const {
+    return Status(SetZeroCuda(stream_, tensor->data(), tensor->TotalBytes()));
+  }
+  template <typename... Arguments>
+  int64_t ForwardWorkspace(Arguments... arguments) const {
+    return BatchEntropyForwardCudaWorkspace(arguments...);
+  }
+  template <typename... Arguments>
+  absl::Status Forward(const Arguments&... arguments) const {
+    return Status(BatchEntropyForwardCuda(stream_, arguments...));
+  }
+  template <typename... Arguments>
+  absl::Status Gradient(const Arguments&... arguments) const {
+    return Status(BatchEntropyGradCuda(stream_, arguments...));
+  }
+
+ private:
+  static absl::Status Status(int error) {
+    if (error == 0) return absl::OkStatus();
+    return absl::InternalError(
+        absl::StrCat("lbe_ops on the GPU: ", CudaErrorMessage(error)));
+  }
+
+  void* stream_;
+};
+#endif  // LBE_CUDA
+
+template <typename Device>
+class BatchEntropyOp : public BatchEntropyKernel {
+ public:
+  explicit BatchEntropyOp(OpKernelConstruction* context)
       : BatchEntropyKernel(context) {
     OP_REQUIRES_OK(context, ReadSmallBatch(context, &zero_small_batch_));
   }
@@ -191,29 +261,32 @@ class BatchEntropyCpu : public BatchEntropyKernel {
                    context->allocate_output(2, sizes.unit_shape, &variance));
     OP_REQUIRES_OK(context,
                    context->allocate_output(3, TensorShape({}), &valid));
-    SetScalar(dtype_, sizes.enough(), valid->data());
+    const Device device(context);
     if (!sizes.enough()) {
-      for (Tensor* output : {entropy, mean, variance}) SetZero(output);
+      for (Tensor* output : {entropy, mean, variance, valid}) {
+        OP_REQUIRES_OK(context, device.SetZero(output));
+      }
       return;
     }
-    const Parallel parallel = ParallelOf(context);
     Tensor workspace;
-    OP_REQUIRES_OK(context,
-                   context->allocate_temp(
-                       tensorflow::DT_INT8,
-                       TensorShape({BatchEntropyForwardCpuWorkspace(
-                           dtype_, sizes.rows, sizes.units, parallel.threads)}),
-                       &workspace));
-    BatchEntropyForwardCpu(parallel, dtype_, x.data(), sizes.rows, sizes.units,
-                           formula_, workspace.data(), mean->data(),
-                           variance->data(), entropy->data());
+    OP_REQUIRES_OK(
+        context, context->allocate_temp(tensorflow::DT_INT8,
+                                        TensorShape({device.ForwardWorkspace(
+                                            dtype_, sizes.rows, sizes.units)}),
+                                        &workspace));
+    OP_REQUIRES_OK(
+        context,
+        device.Forward(dtype_, x.data(), sizes.rows, sizes.units, formula_,
+                       workspace.data(), mean->data(), variance->data(),
+                       entropy->data(), valid->data()));
   }
 
  private:
   bool zero_small_batch_;
 };
 
-class BatchEntropyGradCpuKernel : public BatchEntropyKernel {
+template <typename Device>
+class BatchEntropyGradOp : public BatchEntropyKernel {
  public:
   using BatchEntropyKernel::BatchEntropyKernel;
 
@@ -241,32 +314,41 @@ class BatchEntropyGradCpuKernel : public BatchEntropyKernel {
     Tensor* dx;
     OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
                                 {0}, 0, x.shape(), &dx));
+    const Device device(context);
     if (!sizes.enough()) {
-      SetZero(dx);
+      OP_REQUIRES_OK(context, device.SetZero(dx));
       return;
     }
-    BatchEntropyGradCpu(ParallelOf(context), dtype_, x.data(), sizes.rows,
-                        sizes.units, formula_, context->input(1).data(),
-                        context->input(2).data(), context->input(3).data(),
-                        inputs == 6 ? context->input(4).data() : nullptr,
-                        inputs == 6 ? context->input(5).data() : nullptr,
-                        dx->data());
+    const auto input = [context](int i) -> const void* {
+      return i < context->num_inputs() ? context->input(i).data() : nullptr;
+    };
+    void* const dx_data = dx->data();
+    OP_REQUIRES_OK(context,
+                   device.Gradient(dtype_, x.data(), sizes.rows, sizes.units,
+                                   formula_, input(1), input(2), input(3),
+                                   input(4), input(5), dx_data));
   }
 };
 
+#define LBE_REGISTER(device, launchers, type)                                \
+  REGISTER_KERNEL_BUILDER(                                                   \
+      Name("LBE>BatchEntropy").Device(device).TypeConstraint("T", type),     \
+      BatchEntropyOp<launchers>);                                            \
+  REGISTER_KERNEL_BUILDER(                                                   \
+      Name("LBE>BatchEntropyGrad").Device(device).TypeConstraint("T", type), \
+      BatchEntropyGradOp<launchers>);
 #define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
-  REGISTER_KERNEL_BUILDER(                                            \
-      Name("LBE>BatchEntropy")                                        \
-          .Device(tensorflow::DEVICE_CPU)                             \
-          .TypeConstraint("T", tensorflow::tensorflow_name),          \
-      BatchEntropyCpu);                                               \
-  REGISTER_KERNEL_BUILDER(                                            \
-      Name("LBE>BatchEntropyGrad")                                    \
-          .Device(tensorflow::DEVICE_CPU)                             \
-          .TypeConstraint("T", tensorflow::tensorflow_name),          \
-      BatchEntropyGradCpuKernel);
+  LBE_REGISTER(tensorflow::DEVICE_CPU, Cpu, tensorflow::tensorflow_name)
 LBE_FOR_EACH_DTYPE(LBE_DTYPE)
 #undef LBE_DTYPE
+
+#ifdef LBE_CUDA
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
+  LBE_REGISTER(tensorflow::DEVICE_GPU, Gpu, tensorflow::tensorflow_name)
+LBE_FOR_EACH_DTYPE(LBE_DTYPE)
+#undef LBE_DTYPE
+#endif
+#undef LBE_REGISTER
 
 }  // namespace
 }  // namespace lbe

@@ -1,0 +1,862 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CUDA kernels and their launchers. Plain CUDA: no TensorFlow header.
+//
+// Statistics reads x once, leaf by leaf of the canonical tree, and writes the
+// moments of each split of the rows; Merge makes one of all splits; Gradient
+// reads x and writes dx. A block owns an aligned, power-of-two number of
+// leaves, so that its moments are a node of the tree: how the rows are split
+// never changes a bit of the result. No floating-point atomics; one integer
+// ticket says which block is the last, which then adds up in a fixed order.
+//
+// tests/cuda_emulation.h runs this file on the CPU. It asks for shared memory
+// through LBE_SHARED, launches through LBE_LAUNCH, full-mask shuffles, no
+// inline PTX.
+
+#ifndef LBE_CUDA_EMULATION
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define LBE_SHARED(type, name, size) __shared__ type name[size]
+#define LBE_LAUNCH(kernel, blocks, threads, stream, ...) \
+  kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
+#endif
+
+#include "kernels.h"
+
+namespace lbe {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kLanes = 32;  // of a warp
+constexpr int kWarps = kThreads / kLanes;
+constexpr unsigned kAllLanes = 0xffffffff;
+static_assert(kSumLanes == kThreads, "SumGroups has a thread for each lane");
+
+// The 16 bytes that a thread reads of a row.
+template <typename Element>
+constexpr int kColumns = 16 / sizeof(Element);
+
+// A thread of Statistics reads at most 2^kRunLevels leaves, whose moments it
+// keeps in registers.
+constexpr int kRunLevels = 2;
+constexpr int kRunRows = kLeafRows << kRunLevels;
+
+// Splits of 2^kMergeLevels nodes are more than there can be.
+constexpr int kMergeColumns = 2;
+constexpr int kMergeLevels = 40;
+static_assert(kMergeColumns * kLanes == kGroupUnits, "a block is a group");
+
+// Rows that a thread of Gradient handles at most.
+constexpr int kGradientRows = 64;
+
+template <typename Element>
+struct Numbers;
+template <>
+struct Numbers<float> {
+  using Scalar = float;
+  static __device__ float Load(float x) { return x; }
+  static __device__ float Round(float x) { return x; }
+};
+template <>
+struct Numbers<double> {
+  using Scalar = double;
+  static __device__ double Load(double x) { return x; }
+  static __device__ double Round(double x) { return x; }
+};
+template <>
+struct Numbers<Half> {
+  using Scalar = float;
+  static __device__ float Load(Half x) {
+    return __half2float(__ushort_as_half(x.bits));
+  }
+  static __device__ Half Round(float x) {
+    return {__half_as_ushort(__float2half_rn(x))};
+  }
+};
+template <>
+struct Numbers<BFloat16> {
+  using Scalar = float;
+  static __device__ float Load(BFloat16 x) {
+    return BitCast<float>(static_cast<uint32_t>(x.bits) << 16);
+  }
+  static __device__ BFloat16 Round(float x) {
+    const uint32_t bits = BitCast<uint32_t>(x);
+    // To nearest, ties to even; a NaN stays a NaN.
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const uint32_t nan = (bits >> 16) | 0x40;
+    return {static_cast<uint16_t>(x == x ? rounded : nan)};
+  }
+};
+
+// Elements that are read or written at once; aligned as the hardware wants it.
+template <typename Element, int kVector>
+struct alignas(kVector * sizeof(Element)) Vector {
+  Element elements[kVector];
+};
+
+__host__ __device__ constexpr int64_t CeilDiv(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// The rows of [first, first + count) that there are.
+LBE_MATH int64_t RowsOf(int64_t first, int64_t count, int64_t rows) {
+  const int64_t rest = rows - first;
+  return rest < 0 ? 0 : rest < count ? rest : count;
+}
+
+// How x [rows, units] is cut. A block has `lanes` threads side by side, each
+// with so many columns, and kThreads / lanes groups of such threads one below
+// the other, each with `run_rows` rows.
+struct Cut {
+  int64_t rows;
+  int64_t units;
+  int lanes;
+  int groups;  // kThreads / lanes
+  int64_t run_rows;
+  int64_t tiles;   // blocks side by side
+  int64_t splits;  // blocks one below the other
+
+  __host__ __device__ int64_t block_rows() const { return groups * run_rows; }
+};
+
+__device__ int Thread() { return static_cast<int>(threadIdx.x); }
+
+// The place of a thread in its block, and of its block in x.
+struct Place {
+  int lane;   // of the threads side by side
+  int group;  // of those one below the other
+  int64_t tile;
+  int64_t split;
+
+  __device__ explicit Place(const Cut& cut) {
+    const unsigned lanes = cut.lanes,
+                   tiles = cut.tiles;  // 32 bits divide faster
+    lane = threadIdx.x % lanes;
+    group = threadIdx.x / lanes;
+    tile = blockIdx.x % tiles;
+    split = blockIdx.x / tiles;
+  }
+};
+
+// The vectors of a thread in each row: where they start in the tile, and
+// whether x goes so far. Those of threads side by side are contiguous.
+template <int kVector>
+struct Pieces {
+  int first;
+  int step;
+  int columns;  // of the tile that x has
+
+  __device__ Pieces(const Cut& cut, const Place& place, int tile_columns)
+      : first(place.lane * kVector),
+        step(cut.lanes * kVector),
+        columns(static_cast<int>(
+            RowsOf(place.tile * tile_columns, tile_columns, cut.units))) {}
+  __device__ int column(int piece) const { return first + piece * step; }
+  __device__ bool inside(int piece) const { return column(piece) < columns; }
+};
+
+template <int kCount, typename Scalar>
+__device__ void MergeColumns(const Moments<Scalar>* left, int64_t left_rows,
+                             const Moments<Scalar>* right, int64_t right_rows,
+                             Moments<Scalar>* result) {
+  const MergeWeights<Scalar> weights = WeightsOf<Scalar>(left_rows, right_rows);
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) {
+    result[c] = Merge(left[c], right[c], weights);
+  }
+}
+
+// Merges eight nodes of `node_rows` rows each, the first of which starts at row
+// `first`, into the first.
+template <typename Scalar>
+__device__ void MergeEight(Moments<Scalar>* nodes, int64_t first,
+                           int64_t node_rows, int64_t rows) {
+#pragma unroll
+  for (int width = 1; width < 8; width *= 2) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 2 * width) {
+      const int64_t right_rows =
+          RowsOf(first + (i + width) * node_rows, width * node_rows, rows);
+      if (right_rows > 0) {
+        MergeColumns<1>(&nodes[i], width * node_rows, &nodes[i + width],
+                        right_rows, &nodes[i]);
+      }
+    }
+  }
+}
+
+// Merges the nodes [kCount] of all groups of a block, each over its run, the
+// first of which starts at row `first`: thread t returns the moments of column
+// t of the tile, if the tile has as many. Vectors of kVector columns of a
+// thread are contiguous. Has barriers: all threads must call it.
+template <int kCount, int kVector, typename Scalar>
+__device__ Moments<Scalar> MergeGroups(const Cut& cut, const Place& place,
+                                       const Pieces<kVector>& pieces,
+                                       int64_t first, Moments<Scalar>* node) {
+  LBE_SHARED(Moments<Scalar>, shared, kWarps * kLanes * kCount);
+  // The groups of a warp, pairwise; the result is in the first lanes.
+  const int64_t own_first = first + place.group * cut.run_rows;
+  int64_t rows = cut.run_rows;
+  for (int lanes = cut.lanes; lanes < kLanes; lanes *= 2, rows *= 2) {
+    const int64_t right_rows = RowsOf(own_first + rows, rows, cut.rows);
+    Moments<Scalar> right[kCount];
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      right[c].mean = __shfl_down_sync(kAllLanes, node[c].mean, lanes);
+      right[c].m2 = __shfl_down_sync(kAllLanes, node[c].m2, lanes);
+    }
+    if (right_rows > 0) {
+      MergeColumns<kCount>(node, rows, right, right_rows, node);
+    }
+  }
+  // The warps, of `rows` rows each, through shared memory.
+  const int tile_columns = cut.lanes * kCount;
+  const int warp = Thread() / kLanes;
+  if (Thread() % kLanes < cut.lanes) {
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      const int column = pieces.column(c / kVector) + c % kVector;
+      shared[warp * tile_columns + column] = node[c];
+    }
+  }
+  __syncthreads();
+  Moments<Scalar> nodes[kWarps] = {};
+  if (Thread() < tile_columns) {
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      nodes[w] = shared[w * tile_columns + Thread()];
+    }
+    MergeEight(nodes, first, rows, cut.rows);
+  }
+  return nodes[0];
+}
+
+// v[0] of each kWidth of the block's values becomes their sum, by halves. Has
+// barriers.
+template <int kWidth>
+__device__ void SumHalvesInBlock(double* values) {
+  __syncthreads();
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    if (Thread() % kWidth < half) {
+      values[Thread()] += values[Thread() + half];
+    }
+    __syncthreads();
+  }
+}
+
+// Where results go, and how they are made of moments.
+template <typename Scalar>
+struct Results {
+  Formula formula;
+  EntropyFactors<Scalar> factors;
+  Scalar* mean;        // [units]
+  Scalar* variance;    // [units]
+  Scalar* entropy;     // scalar
+  Scalar* valid;       // scalar, or null
+  double* group_sums;  // [units / kGroupUnits], rounded up
+};
+
+// The sums of all groups to the entropy, in the order of batch_entropy.h. Has
+// barriers.
+template <typename Scalar>
+__device__ void SumGroups(int64_t units, const Results<Scalar>& results) {
+  LBE_SHARED(double, lanes, kThreads);
+  const int64_t groups = CeilDiv(units, kGroupUnits);
+  double sum = 0;
+  for (int64_t group = Thread(); group < groups; group += kSumLanes) {
+    // Past the first cache, which may not see what other blocks wrote.
+    sum += __ldcg(&results.group_sums[group]);
+  }
+  lanes[Thread()] = sum;
+  SumHalvesInBlock<kSumLanes>(lanes);
+  if (Thread() == 0) {
+    *results.entropy =
+        static_cast<Scalar>(lanes[0] / static_cast<double>(units));
+    if (results.valid != nullptr) *results.valid = Scalar(1);
+  }
+}
+
+// The moments of all rows to mean and variance, thread t for column t of the
+// tile, and the entropies to the sum of each group. Has barriers.
+template <typename Scalar>
+__device__ void Finish(const Cut& cut, int64_t tile, int tile_columns,
+                       const Moments<Scalar>& moments,
+                       const Results<Scalar>& results) {
+  LBE_SHARED(double, entropies, kThreads);
+  const int64_t column = tile * tile_columns + Thread();
+  double entropy = 0;
+  if (Thread() < tile_columns && column < cut.units) {
+    const Scalar variance =
+        Variance<Scalar>(moments.m2, cut.rows, results.formula);
+    results.mean[column] = moments.mean;
+    results.variance[column] = variance;
+    entropy = UnitEntropy<Scalar>(variance, results.factors);
+  }
+  entropies[Thread()] = entropy;
+  SumHalvesInBlock<kGroupUnits>(entropies);
+  if (Thread() % kGroupUnits == 0 && Thread() < tile_columns &&
+      column < cut.units) {
+    results.group_sums[column / kGroupUnits] = entropies[Thread()];
+  }
+}
+
+// The moments of each split of the rows, and what tells the last block.
+template <typename Scalar>
+struct Partials {
+  Scalar* mean;  // [splits, units]
+  Scalar* m2;    // [splits, units]
+  unsigned* ticket;
+};
+
+// Moments of leaf rows [0, rows) of the columns of a thread; x is the tile's
+// first row.
+template <typename Element, int kVector, typename Scalar>
+__device__ __forceinline__ void LoadLeaf(const Element* x, int64_t pitch,
+                                         int rows,
+                                         const Pieces<kVector>& pieces,
+                                         Moments<Scalar>* node) {
+#pragma unroll
+  for (int piece = 0; piece < kColumns<Element> / kVector; ++piece) {
+    Vector<Element, kVector> values[kLeafRows] = {};
+    if (pieces.inside(piece)) {
+      const Element* from = x + pieces.column(piece);
+#pragma unroll
+      for (int r = 0; r < kLeafRows; ++r, from += pitch) {
+        if (r < rows) {
+          values[r] = *reinterpret_cast<const Vector<Element, kVector>*>(from);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      Scalar of_column[kLeafRows];
+#pragma unroll
+      for (int r = 0; r < kLeafRows; ++r) {
+        of_column[r] = Numbers<Element>::Load(values[r].elements[i]);
+      }
+      node[piece * kVector + i] = LeafMoments<Scalar>(of_column, rows);
+    }
+  }
+}
+
+// The tree over a thread's leaves, as a binary counter: level l of the stack
+// holds the node over 2^l leaves where bit l of their count, k before this one,
+// is set. The node of leaf k merges with those that it completes, the last one
+// with all that are left. Unrolled, so that the stack stays in registers.
+template <int kLevel, int kCount, typename Scalar>
+__device__ __forceinline__ void Push(int k, bool last, int rows,
+                                     Moments<Scalar> (*stack)[kCount],
+                                     Moments<Scalar>* node) {
+  if constexpr (kLevel < kRunLevels) {
+    if (k >> kLevel & 1) {
+      MergeColumns<kCount>(stack[kLevel], kLeafRows << kLevel, node, rows,
+                           node);
+      rows += kLeafRows << kLevel;
+    } else if (!last) {
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) stack[kLevel][c] = node[c];
+      return;
+    }
+    Push<kLevel + 1>(k, last, rows, stack, node);
+  }
+}
+
+// Blocks on a multiprocessor at once, for which the compiler leaves registers.
+template <typename Element, int kVector>
+constexpr int kStatisticsBlocks = sizeof(Element) == 2 && kVector == 1  ? 1
+                                  : sizeof(Element) == 4 && kVector > 1 ? 3
+                                                                        : 2;
+
+template <typename Element, int kVector>
+__global__ void __launch_bounds__(kThreads, kStatisticsBlocks<Element, kVector>)
+    Statistics(const Element* x, Cut cut,
+               Results<typename Numbers<Element>::Scalar> results,
+               Partials<typename Numbers<Element>::Scalar> partials) {
+  using Scalar = typename Numbers<Element>::Scalar;
+  constexpr int kCount = kColumns<Element>;
+  const Place place(cut);
+  const int tile_columns = cut.lanes * kCount;
+  const int64_t tile_column = place.tile * tile_columns;
+  const int64_t first = place.split * cut.block_rows();
+  const int64_t own_first = first + place.group * cut.run_rows;
+  const int own_rows =
+      static_cast<int>(RowsOf(own_first, cut.run_rows, cut.rows));
+  const Pieces<kVector> pieces(cut, place, tile_columns);
+
+  Moments<Scalar> node[kCount] = {};
+  Moments<Scalar> stack[kRunLevels][kCount];
+  const Element* from = x + own_first * cut.units + tile_column;
+#pragma unroll 1
+  for (int k = 0; k * kLeafRows < own_rows; ++k) {
+    const int rows = min(own_rows - k * kLeafRows, kLeafRows);
+    if (rows == kLeafRows) {  // without a condition for each row
+      LoadLeaf(from, cut.units, kLeafRows, pieces, node);
+    } else {
+      LoadLeaf(from, cut.units, rows, pieces, node);
+    }
+    Push<0>(k, (k + 1) * kLeafRows >= own_rows, rows, stack, node);
+    from += kLeafRows * cut.units;
+  }
+  const Moments<Scalar> moments =
+      MergeGroups<kCount>(cut, place, pieces, first, node);
+
+  if (cut.splits == 1) {
+    Finish(cut, place.tile, tile_columns, moments, results);
+    if (cut.tiles == 1) {
+      __syncthreads();
+      SumGroups(cut.units, results);
+    }
+    return;  // all threads of all blocks do
+  }
+  const int64_t column = tile_column + Thread();
+  if (Thread() < tile_columns && column < cut.units) {
+    partials.mean[place.split * cut.units + column] = moments.mean;
+    partials.m2[place.split * cut.units + column] = moments.m2;
+  }
+  if (blockIdx.x == 0 && Thread() == 0) *partials.ticket = 0;
+}
+
+// The moments of all splits to one. The last block to finish adds up the
+// groups.
+template <typename Scalar>
+__global__ void __launch_bounds__(kThreads)
+    MergeSplits(Cut cut, int64_t split_rows, Results<Scalar> results,
+                Partials<Scalar> partials) {
+  LBE_SHARED(bool, is_last, 1);
+  constexpr int kAtOnce = 8;
+  const Place place(cut);
+  const int tile_columns = cut.lanes * kMergeColumns;
+  const int64_t tile_column = place.tile * tile_columns;
+  const Pieces<1> pieces(cut, place, tile_columns);
+  const int64_t own_first = place.group * cut.run_rows;
+  const int64_t own_rows = RowsOf(own_first, cut.run_rows, cut.rows);
+  const int64_t node_rows = kAtOnce * split_rows;
+
+  // The tree over the nodes of kAtOnce splits each, again as a binary counter.
+  // The stack is in local memory: few batches are so long that a thread has
+  // more than one node.
+  Moments<Scalar> node[kMergeColumns] = {};
+  Moments<Scalar> stack[kMergeLevels][kMergeColumns];
+#pragma unroll 1
+  for (int64_t k = 0; k * node_rows < own_rows; ++k) {
+    const int64_t node_first = own_first + k * node_rows;
+    int64_t rows = RowsOf(node_first, node_rows, cut.rows);
+#pragma unroll
+    for (int c = 0; c < kMergeColumns; ++c) {
+      const int64_t column = tile_column + pieces.column(c);
+      Moments<Scalar> nodes[kAtOnce] = {};
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (pieces.inside(c) && i * split_rows < rows) {
+          const int64_t at = (node_first / split_rows + i) * cut.units + column;
+          nodes[i] = {partials.mean[at], partials.m2[at]};
+        }
+      }
+      MergeEight(nodes, node_first, split_rows, cut.rows);
+      node[c] = nodes[0];
+    }
+    const bool last = (k + 1) * node_rows >= own_rows;
+    int level = 0;
+#pragma unroll 1
+    for (; k >> level != 0; ++level) {
+      if (k >> level & 1) {
+        const int64_t left_rows = node_rows << level;
+        MergeColumns<kMergeColumns>(stack[level], left_rows, node, rows, node);
+        rows += left_rows;
+      } else if (!last) {
+        break;
+      }
+    }
+    if (!last) {
+      for (int c = 0; c < kMergeColumns; ++c) stack[level][c] = node[c];
+    }
+  }
+  const Moments<Scalar> moments =
+      MergeGroups<kMergeColumns>(cut, place, pieces, 0, node);
+  Finish(cut, place.tile, tile_columns, moments, results);
+  // Thread 0 wrote the only sum of this block.
+  if (Thread() == 0) {
+    __threadfence();
+    is_last[0] = atomicAdd(partials.ticket, 1u) == cut.tiles - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (is_last[0]) SumGroups(cut.units, results);
+}
+
+// The sum alone, where several blocks have finished their columns.
+template <typename Scalar>
+__global__ void __launch_bounds__(kThreads)
+    Sum(int64_t units, Results<Scalar> results) {
+  SumGroups(units, results);
+}
+
+template <typename Element>
+struct GradientArguments {
+  using Scalar = typename Numbers<Element>::Scalar;
+  const Element* x;  // may be dx
+  Element* dx;
+  const Scalar* mean;
+  const Scalar* variance;
+  const Scalar* entropy_grad;   // scalar
+  const Scalar* mean_grad;      // null without kOffset
+  const Scalar* variance_grad;  // null without kOffset
+  GradientFactors<Scalar> factors;
+};
+
+// Rows that a thread has in flight, fewer where each is read in many pieces,
+// and blocks on a multiprocessor.
+template <typename Element, int kVector>
+constexpr int kGradientBatch = kVector == 1 ? 2 : 4;
+template <typename Element, int kVector>
+constexpr int kGradientBlocks = kVector == kColumns<Element> ? 4 : 2;
+
+// A block has the rows of its split, its groups one row each in turn.
+template <typename Element, int kVector, bool kOffset>
+__global__ void __launch_bounds__(kThreads, kGradientBlocks<Element, kVector>)
+    Gradient(GradientArguments<Element> a, Cut cut) {
+  using Scalar = typename Numbers<Element>::Scalar;
+  using Piece = Vector<Element, kVector>;
+  constexpr int kCount = kColumns<Element>;
+  constexpr int kPieces = kCount / kVector;
+  constexpr int kBatch = kGradientBatch<Element, kVector>;
+  const Place place(cut);
+  const int tile_columns = cut.lanes * kCount;
+  const int64_t tile_column = place.tile * tile_columns;
+  const Pieces<kVector> pieces(cut, place, tile_columns);
+  const Scalar entropy_share = EntropyShare(*a.entropy_grad, a.factors);
+  Scalar mean[kCount] = {}, slope[kCount] = {}, offset[kCount] = {};
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) {
+    if (!pieces.inside(c / kVector)) continue;
+    const int64_t column =
+        tile_column + pieces.column(c / kVector) + c % kVector;
+    mean[c] = a.mean[column];
+    slope[c] = EntropySlope(a.variance[column], entropy_share, a.factors);
+    if constexpr (kOffset) {
+      slope[c] += VarianceSlope(a.variance_grad[column], a.factors);
+      offset[c] = MeanOffset(a.mean_grad[column], a.factors);
+    }
+  }
+  const int64_t split_first = place.split * cut.block_rows();
+  const int64_t own_first = split_first + place.group;
+  const int64_t split_rows = RowsOf(split_first, cut.block_rows(), cut.rows);
+  int rest = static_cast<int>(split_rows) - place.group;
+  const int64_t step = cut.groups * cut.units;
+  const Element* from = a.x + own_first * cut.units + tile_column;
+  Element* to = a.dx + own_first * cut.units + tile_column;
+#pragma unroll 1
+  for (; rest > 0; rest -= kBatch * cut.groups) {
+    // All rows are read before one is written: dx may be x.
+    Piece values[kBatch][kPieces];
+#pragma unroll
+    for (int r = 0; r < kBatch; ++r, from += step) {
+      if (r * cut.groups >= rest) continue;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        if (pieces.inside(piece)) {
+          values[r][piece] =
+              *reinterpret_cast<const Piece*>(from + pieces.column(piece));
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kBatch; ++r, to += step) {
+      if (r * cut.groups >= rest) continue;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        if (!pieces.inside(piece)) continue;
+        Piece result;
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          const int c = piece * kVector + i;
+          const Scalar value =
+              Numbers<Element>::Load(values[r][piece].elements[i]);
+          if constexpr (kOffset) {
+            result.elements[i] = Numbers<Element>::Round(
+                UnitGradient(value, mean[c], slope[c], offset[c]));
+          } else {
+            result.elements[i] =
+                Numbers<Element>::Round(UnitGradient(value, mean[c], slope[c]));
+          }
+        }
+        *reinterpret_cast<Piece*>(to + pieces.column(piece)) = result;
+      }
+    }
+  }
+}
+
+int PowerOfTwoFrom(int64_t value, int largest) {
+  int power = 1;
+  while (power < value && power < largest) power *= 2;
+  return power;
+}
+
+Cut CutColumns(int64_t rows, int64_t units, int columns, int lanes) {
+  const int64_t tiles = CeilDiv(units, int64_t{lanes} * columns);
+  return {rows, units, lanes, kThreads / lanes, 0, tiles, 1};
+}
+
+// Halves the runs, down to `shortest` rows, where there would be fewer blocks
+// than wanted.
+void CutRows(int64_t longest, int64_t shortest, int64_t blocks, Cut* cut) {
+  cut->run_rows = longest;
+  cut->splits = CeilDiv(cut->rows, cut->block_rows());
+  while (cut->run_rows > shortest && cut->tiles * cut->splits < blocks) {
+    cut->run_rows /= 2;
+    cut->splits = CeilDiv(cut->rows, cut->block_rows());
+  }
+}
+
+// Cuts for threads of `columns` columns.
+Cut CutStatistics(int64_t rows, int64_t units, int columns, int64_t blocks) {
+  Cut cut = CutColumns(rows, units, columns,
+                       PowerOfTwoFrom(CeilDiv(units, columns), kLanes));
+  // Two leaves in each thread of a single block, rather than a second launch.
+  const bool one_block = cut.tiles == 1 && rows <= 2 * kLeafRows * cut.groups;
+  CutRows(kRunRows, one_block ? 2 * kLeafRows : kLeafRows, blocks, &cut);
+  return cut;
+}
+
+// All splits in one block, for each group of columns.
+Cut CutMerge(const Cut& statistics) {
+  Cut cut = CutColumns(
+      statistics.rows, statistics.units, kMergeColumns,
+      PowerOfTwoFrom(CeilDiv(statistics.units, kMergeColumns), kLanes));
+  cut.run_rows = 8 * statistics.block_rows();
+  while (cut.block_rows() < cut.rows) cut.run_rows *= 2;
+  return cut;
+}
+
+// As many threads side by side as leave few of them without a column: rows are
+// then read and written in long pieces.
+Cut CutGradient(int64_t rows, int64_t units, int columns, int64_t blocks) {
+  const int64_t vectors = CeilDiv(units, columns);
+  int lanes = PowerOfTwoFrom(vectors, kThreads);
+  while (lanes > kLanes &&
+         CeilDiv(vectors, lanes) * lanes > vectors + vectors / 8) {
+    lanes /= 2;
+  }
+  Cut cut = CutColumns(rows, units, columns, lanes);
+  CutRows(kGradientRows, 4, blocks, &cut);
+  return cut;
+}
+
+constexpr int64_t kMostBlocks = 0x7fffffff;
+
+bool Launchable(const Cut& cut) {
+  return cut.splits <= kMostBlocks / cut.tiles;
+}
+
+// Parts of the workspace, in bytes from its start.
+struct Workspace {
+  int64_t ticket;
+  int64_t mean;
+  int64_t m2;
+  int64_t bytes;
+
+  Workspace(const Cut& cut, int64_t scalar_bytes) {
+    const auto align = [](int64_t bytes) { return CeilDiv(bytes, 16) * 16; };
+    const int64_t splits = cut.splits == 1 ? 0 : cut.splits;
+    ticket = align(CeilDiv(cut.units, kGroupUnits) * sizeof(double));
+    mean = ticket + align(sizeof(unsigned));
+    m2 = mean + align(splits * cut.units * scalar_bytes);
+    bytes = m2 + align(splits * cut.units * scalar_bytes);
+  }
+};
+
+// Elements that can be read at once: 16 bytes, or 4 bytes of 16-bit elements,
+// or one element. Calls body(std::integral_constant-like) with the number.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+template <typename Element, typename Body>
+int WithVector(int64_t units, const void* x, const void* dx, const Body& body) {
+  const uintptr_t pitch = units * sizeof(Element);
+  const uintptr_t all =
+      pitch | reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(dx);
+  if (all % 16 == 0) return body(Constant<kColumns<Element>>());
+  if constexpr (sizeof(Element) == 2) {
+    if (all % 4 == 0) return body(Constant<2>());
+  }
+  return body(Constant<1>());
+}
+
+template <typename Element>
+int Forward(cudaStream_t stream, const void* x, const Cut& cut,
+            const Formula& formula, void* workspace, void* mean, void* variance,
+            void* entropy, void* valid) {
+  using Scalar = typename Numbers<Element>::Scalar;
+  if (!Launchable(cut)) return cudaErrorInvalidConfiguration;
+  const Workspace parts(cut, sizeof(Scalar));
+  char* base = static_cast<char*>(workspace);
+  const Results<Scalar> results = {
+      formula,
+      EntropyFactorsOf<Scalar>(formula),
+      static_cast<Scalar*>(mean),
+      static_cast<Scalar*>(variance),
+      static_cast<Scalar*>(entropy),
+      static_cast<Scalar*>(valid),
+      reinterpret_cast<double*>(base),
+  };
+  const Partials<Scalar> partials = {
+      reinterpret_cast<Scalar*>(base + parts.mean),
+      reinterpret_cast<Scalar*>(base + parts.m2),
+      reinterpret_cast<unsigned*>(base + parts.ticket),
+  };
+  const unsigned blocks = static_cast<unsigned>(cut.tiles * cut.splits);
+  const int error =
+      WithVector<Element>(cut.units, x, nullptr, [&](auto vector) -> int {
+        LBE_LAUNCH((Statistics<Element, decltype(vector)::value>), blocks,
+                   kThreads, stream, static_cast<const Element*>(x), cut,
+                   results, partials);
+        return cudaGetLastError();
+      });
+  if (error != cudaSuccess || blocks == 1) return error;
+  if (cut.splits == 1) {
+    LBE_LAUNCH(Sum<Scalar>, 1, kThreads, stream, cut.units, results);
+  } else {
+    const Cut merge = CutMerge(cut);
+    LBE_LAUNCH(MergeSplits<Scalar>, static_cast<unsigned>(merge.tiles),
+               kThreads, stream, merge, cut.block_rows(), results, partials);
+  }
+  return cudaGetLastError();
+}
+
+template <typename Element>
+int Backward(cudaStream_t stream, const void* x, const Cut& cut,
+             const Formula& formula, const void* mean, const void* variance,
+             const void* entropy_grad, const void* mean_grad,
+             const void* variance_grad, void* dx) {
+  using Scalar = typename Numbers<Element>::Scalar;
+  if (!Launchable(cut)) return cudaErrorInvalidConfiguration;
+  const GradientArguments<Element> arguments = {
+      static_cast<const Element*>(x),
+      static_cast<Element*>(dx),
+      static_cast<const Scalar*>(mean),
+      static_cast<const Scalar*>(variance),
+      static_cast<const Scalar*>(entropy_grad),
+      static_cast<const Scalar*>(mean_grad),
+      static_cast<const Scalar*>(variance_grad),
+      GradientFactorsOf<Scalar>(cut.rows, cut.units, formula),
+  };
+  const unsigned blocks = static_cast<unsigned>(cut.tiles * cut.splits);
+  return WithVector<Element>(cut.units, x, dx, [&](auto vector) -> int {
+    constexpr int kVector = decltype(vector)::value;
+    if (mean_grad != nullptr) {
+      LBE_LAUNCH((Gradient<Element, kVector, true>), blocks, kThreads, stream,
+                 arguments, cut);
+    } else {
+      LBE_LAUNCH((Gradient<Element, kVector, false>), blocks, kThreads, stream,
+                 arguments, cut);
+    }
+    return cudaGetLastError();
+  });
+}
+
+template <typename Element>
+Cut CutForward(int64_t rows, int64_t units, int blocks) {
+  return CutStatistics(rows, units, kColumns<Element>, blocks);
+}
+
+}  // namespace
+
+int64_t BatchEntropyForwardCudaWorkspace(DType dtype, int64_t rows,
+                                         int64_t units, int blocks) {
+  switch (dtype) {
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name)          \
+  case DType::name:                                                            \
+    return Workspace(CutForward<element>(rows, units, blocks), sizeof(result)) \
+        .bytes;
+    LBE_FOR_EACH_DTYPE(LBE_DTYPE)
+#undef LBE_DTYPE
+  }
+  return 0;
+}
+
+int BatchEntropyForwardCuda(void* stream, DType dtype, const void* x,
+                            int64_t rows, int64_t units, const Formula& formula,
+                            void* workspace, void* mean, void* variance,
+                            void* entropy, void* valid, int blocks) {
+  switch (dtype) {
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name)          \
+  case DType::name:                                                            \
+    return Forward<element>(static_cast<cudaStream_t>(stream), x,              \
+                            CutForward<element>(rows, units, blocks), formula, \
+                            workspace, mean, variance, entropy, valid);
+    LBE_FOR_EACH_DTYPE(LBE_DTYPE)
+#undef LBE_DTYPE
+  }
+  return cudaErrorInvalidValue;
+}
+
+int BatchEntropyGradCuda(void* stream, DType dtype, const void* x, int64_t rows,
+                         int64_t units, const Formula& formula,
+                         const void* mean, const void* variance,
+                         const void* entropy_grad, const void* mean_grad,
+                         const void* variance_grad, void* dx, int blocks) {
+  switch (dtype) {
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name)       \
+  case DType::name:                                                         \
+    return Backward<element>(                                               \
+        static_cast<cudaStream_t>(stream), x,                               \
+        CutGradient(rows, units, kColumns<element>, blocks), formula, mean, \
+        variance, entropy_grad, mean_grad, variance_grad, dx);
+    LBE_FOR_EACH_DTYPE(LBE_DTYPE)
+#undef LBE_DTYPE
+  }
+  return cudaErrorInvalidValue;
+}
+
+int SetZeroCuda(void* stream, void* data, int64_t bytes) {
+  return cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream));
+}
+
+const char* CudaErrorMessage(int error) {
+  switch (error) {
+    case cudaErrorInsufficientDriver:
+      return "the NVIDIA driver is older than the CUDA toolkit that lbe_ops "
+             "was "
+             "built with: update the driver, or build lbe_ops with an older "
+             "CUDA toolkit (`python -m lbe_ops info` names both)";
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorUnsupportedPtxVersion:
+      return "lbe_ops has no code for this GPU: build it with a CUDA toolkit "
+             "that knows the GPU (`python -m lbe_ops info` names what it was "
+             "built for)";
+    case cudaErrorNoDevice:
+      return "there is no GPU that CUDA can use: see nvidia-smi and "
+             "CUDA_VISIBLE_DEVICES";
+    default:
+      return cudaGetErrorString(static_cast<cudaError_t>(error));
+  }
+}
+
+CudaSystem DescribeCuda() {
+  CudaSystem system = {};
+  system.toolkit = CUDART_VERSION;
+  cudaDriverGetVersion(&system.driver);
+  int device = 0;
+  cudaDeviceProp properties;
+  int error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaGetDeviceProperties(&properties, device);
+  }
+  if (error == cudaSuccess) {
+    const size_t length = sizeof(system.device) - 1;
+    for (size_t i = 0; i < length && properties.name[i] != '\0'; ++i) {
+      system.device[i] = properties.name[i];
+    }
+    system.compute_capability = properties.major * 10 + properties.minor;
+    cudaFuncAttributes attributes;
+    error = cudaFuncGetAttributes(&attributes, Sum<float>);
+  }
+  system.error = error;
+  cudaGetLastError();  // reported; must not meet the next launch
+  return system;
+}
+
+}  // namespace lbe

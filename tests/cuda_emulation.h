@@ -1,0 +1,459 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Runs CUDA kernels on the CPU, for tests on machines without a GPU.
+//
+// Compile cuda/batch_entropy.cu as C++ with this file before it (g++ -x c++
+// -include tests/cuda_emulation.h). Each CUDA thread is a fiber; a few blocks
+// are under way at a time; who goes on at a barrier is drawn at random. Device
+// memory is host memory, streams do nothing. Shared memory is as large as it is
+// declared and full of NaNs at first. A thread that does not come to a barrier
+// or a shuffle for which others wait is an error.
+//
+// ThreadSanitizer sees fibers as threads that are ordered by barriers,
+// shuffles, atomics and launches alone; AddressSanitizer sees each array of
+// shared memory. What cannot be seen here: faults of weak memory (a missing
+// __threadfence) and speed.
+
+#ifndef LBE_OPS_TESTS_CUDA_EMULATION_H_
+#define LBE_OPS_TESTS_CUDA_EMULATION_H_
+
+#include <immintrin.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <vector>
+
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define LBE_CUDA_EMULATION 1
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define threadIdx (::emulation::Current().thread_index)
+#define blockIdx (::emulation::Current().block_index)
+#define LBE_SHARED(type, name, size)                         \
+  static char name##_declaration;                            \
+  type* const name = static_cast<type*>(::emulation::Shared( \
+      &name##_declaration, sizeof(type) * static_cast<size_t>(size)))
+#define LBE_LAUNCH(kernel, blocks, threads, stream, ...) \
+  ((void)(stream),                                       \
+   ::emulation::Launch(blocks, threads, [=] { kernel(__VA_ARGS__); }))
+
+namespace emulation {
+
+constexpr unsigned kWarp = 32;
+
+[[noreturn]] inline void Fail(const char* what) {
+  std::fprintf(stderr, "CUDA emulation: %s\n", what);
+  std::exit(3);
+}
+
+// While it lives, ThreadSanitizer does not look at what the caller reads and
+// writes: the emulation's own data, which one thread at a time uses.
+class Unseen {
+ public:
+#if defined(__SANITIZE_THREAD__)
+  Unseen() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unseen() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+#else
+  Unseen() {}
+#endif
+  Unseen(const Unseen&) = delete;
+};
+
+// What orders the threads that pass it: a barrier of a block or a warp.
+struct Barrier {
+  unsigned arrived = 0;
+  unsigned passed = 0;  // how often all have
+  // For ThreadSanitizer, in turns: who comes to the next barrier must not be
+  // ordered before those who have yet to leave this one.
+  char turns[2];
+
+  void Release() {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_release(&turns[passed % 2]);
+#endif
+  }
+  void Acquire(unsigned turn) {
+    (void)turn;
+#if defined(__SANITIZE_THREAD__)
+    __tsan_acquire(&turns[turn % 2]);
+#endif
+  }
+};
+
+struct Warp {
+  Barrier barrier;
+  uint64_t values[kWarp];
+};
+
+// What a block may have of shared memory on every GPU.
+constexpr size_t kSharedBytes = 48 << 10;
+
+struct Block {
+  unsigned threads;
+  Barrier barrier;
+  std::vector<Warp> warps;
+  std::map<const void*, char*> arrays;  // by their declaration
+  std::vector<char> shared = std::vector<char>(2 * kSharedBytes, '\xff');
+  size_t shared_used = 0;
+  unsigned finished = 0;
+};
+
+struct Index {
+  unsigned x;
+};
+
+constexpr size_t kStackBytes = 64 << 10;
+
+struct Fiber {
+  Index thread_index;
+  Index block_index;
+  Block* block;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  const Barrier* waits_for = nullptr;
+  unsigned waits_until = 0;
+  bool finished = false;
+  void* tsan = nullptr;
+
+  bool runnable() const {
+    return !finished &&
+           (waits_for == nullptr ||
+            static_cast<int>(waits_for->passed - waits_until) >= 0);
+  }
+};
+
+// One launch at a time, from one thread.
+struct Machine {
+  std::mt19937 random{1};
+  Fiber* current = nullptr;
+  ucontext_t scheduler;
+  const std::function<void()>* body = nullptr;
+  void* scheduler_tsan = nullptr;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
+};
+
+inline Machine& TheMachine() {
+  static Machine machine;
+  return machine;
+}
+
+inline Fiber& Current() { return *TheMachine().current; }
+
+// To the scheduler and, unless the fiber is at its end, back some time.
+inline void SwitchToScheduler(bool at_end) {
+  Machine& machine = TheMachine();
+  Fiber* fiber = machine.current;
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake_stack = nullptr;
+  __sanitizer_start_switch_fiber(at_end ? nullptr : &fake_stack,
+                                 machine.scheduler_stack,
+                                 machine.scheduler_stack_bytes);
+#endif
+#if defined(__SANITIZE_THREAD__)
+  __tsan_switch_to_fiber(machine.scheduler_tsan,
+                         __tsan_switch_to_fiber_no_sync);
+#endif
+  if (at_end) {
+    setcontext(&machine.scheduler);
+  } else {
+    swapcontext(&fiber->context, &machine.scheduler);
+  }
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+#endif
+}
+
+// Returns when `threads` fibers have come.
+inline void Wait(Barrier* barrier, unsigned threads) {
+  Unseen unseen;
+  Fiber& fiber = Current();
+  barrier->Release();
+  const unsigned turn = barrier->passed;
+  fiber.waits_for = barrier;
+  fiber.waits_until = turn + 1;
+  if (++barrier->arrived == threads) {
+    barrier->arrived = 0;
+    ++barrier->passed;
+  }
+  SwitchToScheduler(false);
+  fiber.waits_for = nullptr;
+  barrier->Acquire(turn);
+}
+
+inline void* Shared(const void* declaration, size_t bytes) {
+  Unseen unseen;
+  Block& block = *Current().block;
+  char*& array = block.arrays[declaration];
+  if (array == nullptr) {
+    constexpr size_t kAlignment = 64;
+    array = block.shared.data() + block.shared_used;
+    block.shared_used += (bytes / kAlignment + 1) * kAlignment;
+    if (block.shared_used > kSharedBytes) Fail("too much shared memory");
+#if defined(__SANITIZE_ADDRESS__)
+    // Up to the next array, and after the last one.
+    ASAN_POISON_MEMORY_REGION(
+        array + bytes,
+        block.shared.data() + block.shared.size() - (array + bytes));
+    ASAN_UNPOISON_MEMORY_REGION(array, bytes);
+#endif
+  }
+  return array;
+}
+
+inline void RunFiber() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &TheMachine().scheduler_stack,
+                                  &TheMachine().scheduler_stack_bytes);
+#endif
+  (*TheMachine().body)();
+  {
+    Unseen unseen;
+    Current().finished = true;
+    ++Current().block->finished;
+  }
+#if defined(__SANITIZE_THREAD__)
+  __tsan_release(&TheMachine());
+#endif
+  SwitchToScheduler(true);
+}
+
+inline std::unique_ptr<Fiber> MakeFiber(Block* block, unsigned block_index,
+                                        unsigned thread_index) {
+  auto fiber = std::make_unique<Fiber>();
+  fiber->thread_index.x = thread_index;
+  fiber->block_index.x = block_index;
+  fiber->block = block;
+  getcontext(&fiber->context);
+  fiber->context.uc_stack.ss_sp = fiber->stack.get();
+  fiber->context.uc_stack.ss_size = kStackBytes;
+  fiber->context.uc_link = nullptr;
+  makecontext(&fiber->context, RunFiber, 0);
+#if defined(__SANITIZE_THREAD__)
+  fiber->tsan = __tsan_create_fiber(0);
+#endif
+  return fiber;
+}
+
+inline void Resume(Fiber* fiber) {
+  Machine& machine = TheMachine();
+  machine.current = fiber;
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake_stack = nullptr;
+  __sanitizer_start_switch_fiber(&fake_stack, fiber->stack.get(), kStackBytes);
+#endif
+#if defined(__SANITIZE_THREAD__)
+  machine.scheduler_tsan = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(fiber->tsan, __tsan_switch_to_fiber_no_sync);
+#endif
+  swapcontext(&machine.scheduler, &fiber->context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+#endif
+  machine.current = nullptr;
+}
+
+// Runs all blocks, some of them at a time, in random order.
+inline void Launch(unsigned blocks, unsigned threads,
+                   const std::function<void()>& body) {
+  constexpr size_t kResident = 3;
+  Unseen unseen;
+  Machine& machine = TheMachine();
+  machine.body = &body;
+  // Subnormal floats are zero, as with nvcc -ftz=true; fibers inherit this.
+  const unsigned saved = _mm_getcsr();
+  _mm_setcsr(saved | _MM_FLUSH_ZERO_ON | 0x0040);
+  std::vector<unsigned> order(blocks);
+  for (unsigned b = 0; b < blocks; ++b) order[b] = b;
+  std::shuffle(order.begin(), order.end(), machine.random);
+
+  std::vector<std::unique_ptr<Block>> resident;
+  std::vector<std::unique_ptr<Fiber>> fibers, finished;
+  size_t next = 0;
+  while (next < blocks || !resident.empty()) {
+    while (next < blocks && resident.size() < kResident) {
+      auto block = std::make_unique<Block>();
+      block->threads = threads;
+      block->warps.resize(threads / kWarp);
+      for (unsigned t = 0; t < threads; ++t) {
+        fibers.push_back(MakeFiber(block.get(), order[next], t));
+      }
+      resident.push_back(std::move(block));
+      ++next;
+    }
+    // Everyone who can go on does, in random order.
+    std::vector<Fiber*> runnable;
+    for (const auto& fiber : fibers) {
+      if (fiber->runnable()) runnable.push_back(fiber.get());
+    }
+    if (runnable.empty()) {
+      Fail(
+          "threads wait at a barrier or a shuffle to which others of their "
+          "block do not come");
+    }
+    std::shuffle(runnable.begin(), runnable.end(), machine.random);
+    for (Fiber* fiber : runnable) Resume(fiber);
+    for (size_t b = 0; b < resident.size();) {
+      Block* block = resident[b].get();
+      if (block->finished < threads) {
+        ++b;
+        continue;
+      }
+      // Gone are all that are finished, but ThreadSanitizer keeps them to the
+      // end: it would take a new one for an old one.
+      for (auto& fiber : fibers) {
+        if (fiber->block == block) finished.push_back(std::move(fiber));
+      }
+      fibers.erase(std::remove(fibers.begin(), fibers.end(), nullptr),
+                   fibers.end());
+#if !defined(__SANITIZE_THREAD__)
+      finished.clear();
+#endif
+      resident.erase(resident.begin() + static_cast<ptrdiff_t>(b));
+    }
+  }
+#if defined(__SANITIZE_THREAD__)
+  __tsan_acquire(&machine);
+  for (const auto& fiber : finished) __tsan_destroy_fiber(fiber->tsan);
+#endif
+  _mm_setcsr(saved);
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() {
+  emulation::Block* block = emulation::Current().block;
+  emulation::Wait(&block->barrier, block->threads);
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "a number");
+  emulation::Unseen unseen;
+  if (mask != 0xffffffff) emulation::Fail("a shuffle of a part of a warp");
+  const emulation::Fiber& fiber = emulation::Current();
+  const unsigned lane = fiber.thread_index.x % emulation::kWarp;
+  emulation::Warp& warp =
+      fiber.block->warps[fiber.thread_index.x / emulation::kWarp];
+  std::memcpy(&warp.values[lane], &value, sizeof(T));
+  emulation::Wait(&warp.barrier, emulation::kWarp);
+  T result = value;
+  if (lane + delta < emulation::kWarp) {
+    std::memcpy(&result, &warp.values[lane + delta], sizeof(T));
+  }
+  emulation::Wait(&warp.barrier, emulation::kWarp);
+  return result;
+}
+
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
+}
+inline void __threadfence() {}
+template <typename T>
+T __ldcg(const T* address) {
+  return *address;
+}
+using std::min;
+
+struct __half {
+  uint16_t bits;
+};
+inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
+inline uint16_t __half_as_ushort(__half x) { return x.bits; }
+inline float __half2float(__half x) {
+  const int exponent = x.bits >> 10 & 31;
+  const int mantissa = x.bits & 1023;
+  const double magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                           : exponent == 0
+                               ? std::ldexp(mantissa, -24)
+                               : std::ldexp(1024 + mantissa, exponent - 25);
+  return static_cast<float>(x.bits & 0x8000 ? -magnitude : magnitude);
+}
+inline __half __float2half_rn(float x) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  if (std::isnan(x)) return {0x7fff};
+  // In units of the last place of what it becomes, to nearest, ties to even.
+  const int exponent = std::max(x == 0 ? -14 : std::ilogb(x), -14);
+  const double units = std::nearbyint(std::ldexp(std::fabs(x), 10 - exponent));
+  const int bits = std::isinf(x) || exponent > 15
+                       ? 0x7c00
+                       : static_cast<int>(units) + ((exponent + 14) << 10);
+  return {static_cast<uint16_t>(sign | std::min(bits, 0x7c00))};
+}
+
+// What the launchers and the NumPy module need of the CUDA runtime.
+#define CUDART_VERSION 0
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorNoDevice = 100,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorUnsupportedPtxVersion = 222,
+};
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+struct cudaDeviceProp {
+  char name[256];
+  int major;
+  int minor;
+};
+struct cudaFuncAttributes {};
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated error"; }
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {"emulated on the CPU", 0, 0};
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes,
+                                   cudaStream_t) {
+  std::memset(data, value, bytes);
+  return cudaSuccess;
+}
+
+#endif  // LBE_OPS_TESTS_CUDA_EMULATION_H_

@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CUDA kernels, run on the CPU by cuda_emulation.h, compared bit for bit
+// with the definition of their result: the tree of batch_entropy.h, walked
+// column by column.
+//
+// test_cuda_emulation.py compiles this with and without sanitizers, and with
+// faults planted into the kernels, which this must then find. Every buffer has
+// exactly the size that the kernels are promised.
+
+#include "cuda_emulation.h"
+#include LBE_CUDA_SOURCE
+
+namespace lbe {
+namespace {
+
+int failures = 0;
+int cases = 0;
+
+// Memory of exactly `count` values, aligned to 16 bytes, full of NaNs at first.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : count_(count), data_(new T[count]) {
+    std::memset(static_cast<void*>(get()), 0xff, sizeof(T) * count);
+  }
+  T* get() { return data_.get(); }
+  T& operator[](int64_t i) { return data_[i]; }
+  int64_t count() const { return count_; }
+
+ private:
+  const int64_t count_;
+  const std::unique_ptr<T[]> data_;
+};
+
+template <typename T>
+bool SameBits(const T& a, const T& b) {
+  return std::memcmp(&a, &b, sizeof(T)) == 0;
+}
+
+// The moments of leaves [first, first + leaves) of one column.
+template <typename Scalar>
+Moments<Scalar> Tree(const std::vector<Scalar>& column, int64_t first,
+                     int64_t leaves) {
+  const int64_t rows = static_cast<int64_t>(column.size());
+  if (leaves == 1) {
+    const int64_t row = first * kLeafRows;
+    const int count = static_cast<int>(std::min<int64_t>(8, rows - row));
+    Scalar values[kLeafRows] = {};
+    std::copy_n(&column[row], count, values);
+    return LeafMoments<Scalar>(values, count);
+  }
+  const int64_t left = LeftLeaves(leaves);
+  const int64_t middle = first + left;
+  const int64_t end = std::min((first + leaves) * kLeafRows, rows);
+  return Merge(Tree(column, first, left), Tree(column, middle, leaves - left),
+               WeightsOf<Scalar>(left * kLeafRows, end - middle * kLeafRows));
+}
+
+struct Case {
+  int64_t rows;
+  int64_t units;
+  int blocks;
+  int64_t misaligned;  // by so many elements
+};
+
+template <typename Element, typename Scalar>
+void Test(DType dtype, const Case& c) {
+  ++cases;
+  bool ok = true;
+  const auto expect = [&](bool holds, const char* what, int64_t unit) {
+    if (holds || !ok) return;
+    ok = false;
+    ++failures;
+    std::fprintf(stderr,
+                 "FAILED: %s of unit %lld; dtype %d, x [%lld, %lld], %d "
+                 "blocks, misaligned by %lld elements\n",
+                 what, static_cast<long long>(unit), static_cast<int>(dtype),
+                 static_cast<long long>(c.rows),
+                 static_cast<long long>(c.units), c.blocks,
+                 static_cast<long long>(c.misaligned));
+  };
+  const Formula formula = {8.5, 0.75, c.units % 2};
+  const int64_t elements = c.rows * c.units;
+  std::mt19937 random(static_cast<unsigned>(elements));
+  std::normal_distribution<float> normal(3.f, 2.f);
+  Buffer<Element> storage(elements + c.misaligned),
+      in_place_storage(elements + c.misaligned),
+      dx_storage(elements + c.misaligned);
+  Element* x = storage.get() + c.misaligned;
+  Element* in_place = in_place_storage.get() + c.misaligned;
+  Element* dx = dx_storage.get() + c.misaligned;
+  for (int64_t i = 0; i < elements; ++i) {
+    x[i] = in_place[i] =
+        Numbers<Element>::Round(static_cast<Scalar>(normal(random)));
+  }
+  Buffer<Scalar> mean(c.units), variance(c.units), entropy(1), valid(1);
+  Buffer<Scalar> entropy_grad(1), mean_grad(c.units), variance_grad(c.units);
+  entropy_grad[0] = 1000;
+  for (int64_t u = 0; u < c.units; ++u) {
+    mean_grad[u] = static_cast<Scalar>(u % 3);
+    variance_grad[u] = static_cast<Scalar>(u % 5);
+  }
+  const int64_t bytes =
+      BatchEntropyForwardCudaWorkspace(dtype, c.rows, c.units, c.blocks);
+  Buffer<double> workspace((bytes + 7) / 8);
+  int error = BatchEntropyForwardCuda(
+      nullptr, dtype, x, c.rows, c.units, formula, workspace.get(), mean.get(),
+      variance.get(), entropy.get(), valid.get(), c.blocks);
+  expect(error == 0 && valid[0] == 1, "success", 0);
+
+  const auto factors = EntropyFactorsOf<Scalar>(formula);
+  const auto gradient = GradientFactorsOf<Scalar>(c.rows, c.units, formula);
+  const Scalar share = EntropyShare(entropy_grad[0], gradient);
+  std::vector<double> groups(CeilDiv(c.units, kGroupUnits) * kGroupUnits);
+  for (bool statistics : {false, true}) {
+    error = BatchEntropyGradCuda(
+        nullptr, dtype, x, c.rows, c.units, formula, mean.get(), variance.get(),
+        entropy_grad.get(), statistics ? mean_grad.get() : nullptr,
+        statistics ? variance_grad.get() : nullptr, dx, c.blocks);
+    expect(error == 0, "success of the gradient", 0);
+    for (int64_t u = 0; u < c.units; ++u) {
+      std::vector<Scalar> column(c.rows);
+      for (int64_t n = 0; n < c.rows; ++n) {
+        column[n] = Numbers<Element>::Load(x[n * c.units + u]);
+      }
+      const auto moments = Tree(column, 0, CeilDiv(c.rows, kLeafRows));
+      const Scalar v = Variance<Scalar>(moments.m2, c.rows, formula);
+      expect(SameBits(mean[u], moments.mean), "mean", u);
+      expect(SameBits(variance[u], v), "variance", u);
+      groups[u] = UnitEntropy<Scalar>(v, factors);
+      const Scalar slope = EntropySlope(v, share, gradient);
+      const Scalar both = slope + VarianceSlope(variance_grad[u], gradient);
+      const Scalar offset = MeanOffset(mean_grad[u], gradient);
+      for (int64_t n = 0; n < c.rows; ++n) {
+        const Scalar expected =
+            statistics ? UnitGradient(column[n], moments.mean, both, offset)
+                       : UnitGradient(column[n], moments.mean, slope);
+        expect(SameBits(dx[n * c.units + u], Numbers<Element>::Round(expected)),
+               statistics ? "gradient with statistics" : "gradient", u);
+      }
+    }
+  }
+  double lanes[kSumLanes] = {};
+  for (size_t group = 0; group * kGroupUnits < groups.size(); ++group) {
+    lanes[group % kSumLanes] +=
+        SumHalves<kGroupUnits>(&groups[group * kGroupUnits]);
+  }
+  expect(
+      SameBits(entropy[0], static_cast<Scalar>(SumHalves<kSumLanes>(lanes) /
+                                               static_cast<double>(c.units))),
+      "entropy", 0);
+  error = BatchEntropyGradCuda(nullptr, dtype, in_place, c.rows, c.units,
+                               formula, mean.get(), variance.get(),
+                               entropy_grad.get(), mean_grad.get(),
+                               variance_grad.get(), in_place, c.blocks);
+  expect(
+      error == 0 && std::memcmp(in_place, dx, elements * sizeof(Element)) == 0,
+      "gradient in place", 0);
+}
+
+int Main(bool quick) {
+  // All ways through the kernels, in few blocks: one or many, one split or
+  // many, vectors of each width, threads and groups with nothing to do.
+  std::vector<Case> all = {{3, 17, 1, 1},    {9, 66, 9, 0}, {70, 130, 9, 1},
+                           {150, 128, 9, 0}, {40, 3, 1, 0}, {9, 264, 1, 0}};
+  if (!quick) {
+    for (const Case& c : std::vector<Case>{{2, 1, 1, 0},
+                                           {8, 16, 1, 0},
+                                           {31, 130, 1, 0},
+                                           {64, 256, 1, 0},
+                                           {257, 132, 1, 3},
+                                           {512, 128, 1, 0},
+                                           {1100, 300, 1, 0},
+                                           {300, 1000, 1, 2},
+                                           {33, 17000, 1, 0},
+                                           {9000, 70, 1, 0},
+                                           {40000, 1, 1, 0}}) {
+      // Runs of 32, 16 and 8 rows.
+      for (int blocks : {1, 20, 1 << 20}) {
+        all.push_back({c.rows, c.units, blocks, c.misaligned});
+      }
+    }
+  }
+  for (const Case& c : all) {
+    Test<Half, float>(DType::kFloat16, c);
+    Test<float, float>(DType::kFloat32, c);
+    if (quick && failures != 0) break;
+    if (quick) continue;
+    Test<BFloat16, float>(DType::kBFloat16, c);
+    Test<double, double>(DType::kFloat64, c);
+  }
+  std::printf("cuda_emulation_test: %d cases, %d failed\n", cases, failures);
+  return failures != 0;
+}
+
+}  // namespace
+}  // namespace lbe
+
+int main(int argc, char** argv) {
+  return lbe::Main(argc == 2 && std::strcmp(argv[1], "quick") == 0);
+}

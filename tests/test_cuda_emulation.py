@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels on a machine without a GPU, as threads of cuda_emulation.h.
+
+cuda_emulation_test.cc compares every result with the definition, bit for bit. Here it
+runs with and without sanitizers, and on kernels with planted faults, each of which it
+must find.
+"""
+
+import os
+import pathlib
+import subprocess
+
+import pytest
+
+TESTS = pathlib.Path(__file__).resolve().parent
+KERNELS = TESTS.parent / "cuda" / "batch_entropy.cu"
+
+SANITIZERS = {
+    "none": ["-O2"],
+    "address": ["-O1", "-g1", "-fsanitize=address,undefined"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
+}
+
+
+def build(kernels: pathlib.Path, sanitizer: str, folder: pathlib.Path) -> pathlib.Path:
+    program = folder / f"cuda_emulation_test_{sanitizer}"
+    command = [
+        *(os.environ.get("CXX", "c++"), "-std=c++17", "-Wall", "-Wextra", "-Werror"),
+        *("-Wno-unknown-pragmas", "-ffp-contract=off", "-fno-strict-aliasing"),
+        *("-fno-sanitize-recover=all", *SANITIZERS[sanitizer]),
+        *(f"-I{TESTS}", f"-I{TESTS.parent / 'cc'}"),
+        f'-DLBE_CUDA_SOURCE="{kernels}"',
+        *(TESTS / "cuda_emulation_test.cc", "-o", program),
+    ]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return program
+
+
+def run(program: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run(
+        [program, *arguments], env=env, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_the_kernels_compute_the_tree_bit_for_bit(sanitizer, tmp_path):
+    program = build(KERNELS, sanitizer, tmp_path)
+    done = run(program, *(["quick"] if sanitizer != "none" else []))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 failed" in done.stdout
+
+
+# What is replaced by what, what looks for it, and what it then says.
+FAULTS = {
+    "a missing barrier before the warps merge": (
+        "  __syncthreads();\n  Moments<Scalar> nodes[kWarps]",
+        "  Moments<Scalar> nodes[kWarps]",
+        ("thread", "data race"),
+    ),
+    "a missing barrier, seen by the order of threads alone": (
+        "  __syncthreads();\n  Moments<Scalar> nodes[kWarps]",
+        "  Moments<Scalar> nodes[kWarps]",
+        ("none", "FAILED"),
+    ),
+    "a missing barrier between two steps of a sum": (
+        "    }\n    __syncthreads();\n  }\n",
+        "    }\n  }\n  __syncthreads();\n",
+        ("thread", "data race"),
+    ),
+    "a column too many": (
+        "return column(piece) < columns;",
+        "return column(piece) <= columns;",
+        ("address", "heap-buffer-overflow"),
+    ),
+    "a row too many": (
+        "        if (r < rows) {",
+        "        if (r < rows + 1) {",
+        ("address", "heap-buffer-overflow"),
+    ),
+    "shared memory too small": (
+        "shared, kWarps * kLanes * kCount);",
+        "shared, kWarps * kLanes * kCount / 2);",
+        ("address", "AddressSanitizer"),
+    ),
+    "shared memory that is not written": (
+        "if (Thread() % kLanes < cut.lanes) {",
+        "if (Thread() % kLanes < cut.lanes && Thread() < 224) {",
+        ("none", "FAILED"),
+    ),
+    "a return before a barrier": (
+        "  const Moments<Scalar> moments =\n      MergeGroups<kCount>",
+        "  if (own_rows == 0) return;\n"
+        "  const Moments<Scalar> moments =\n      MergeGroups<kCount>",
+        ("none", "threads wait at a barrier or a shuffle"),
+    ),
+    "a race between blocks": (
+        "atomicAdd(partials.ticket, 1u) == cut.tiles - 1",
+        "blockIdx.x + 1 == cut.tiles",
+        ("thread", "data race"),
+    ),
+    "a ticket that is not reset": (
+        "*partials.ticket = 0;",
+        "partials.ticket += 0;",
+        ("none", "FAILED"),
+    ),
+    "groups that are not merged": (
+        "for (int lanes = cut.lanes; lanes < kLanes;",
+        "for (int lanes = cut.lanes; 2 * lanes < kLanes;",
+        ("none", "FAILED"),
+    ),
+    "a merge in another order": (
+        "MergeColumns<kCount>(stack[kLevel], kLeafRows << kLevel, node, rows,\n"
+        "                           node);",
+        "MergeColumns<kCount>(node, rows, stack[kLevel], kLeafRows << kLevel,\n"
+        "                           node);",
+        ("none", "FAILED"),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault, tmp_path):
+    old, new, (sanitizer, message) = FAULTS[fault]
+    source = KERNELS.read_text()
+    assert source.count(old) == 1, "the kernels have changed: plant it anew"
+    faulty = tmp_path / "faulty.cu"
+    faulty.write_text(source.replace(old, new))
+    done = run(build(faulty, sanitizer, tmp_path), "quick")
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr

@@ -94,6 +94,25 @@ def test_plain_hlo(xla, dtype, tolerance, shape, offset, monkeypatch, rng):
     assert_statistics(tf.reshape(variance, [-1]), expected_variance, tolerance)
 
 
+def test_plain_hlo_of_hard_values(xla, monkeypatch):
+    """NaN, both infinities, a dead unit, a tiny variance, a large mean."""
+    monkeypatch.setenv("LBE_OPS_XLA_CUSTOM_CALL", "0")
+    x = samples(9, 6)
+    x[4, :3] = np.nan, np.inf, -np.inf
+    x[:, 3] = 0.0
+    x[:, 4] *= 1e-5
+    x[:, 5] = 1e2 + x[:, 5]
+    x = tf.constant(x)
+    found, expected = compiled(outputs_and_gradient)(x), outputs_and_gradient(x)
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        if index == 1:  # the mean of infinity is infinity here, as in the reference
+            a, b = a[3:], b[3:]
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+    finite = compiled(outputs)(x[:, 3:]).entropy
+    expected = oracle.batch_entropy(x[:, 3:].numpy())
+    assert_statistics(finite, expected, TOLERANCES["float32"])
+
+
 @pytest.mark.parametrize("small_batch", ["zero", "error"])
 def test_a_batch_whose_size_xla_does_not_know(xla, small_batch):
     """tf.boolean_mask: XLA compiles once, with a bound of the size."""
@@ -274,9 +293,19 @@ def gpu(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("kind", [LBEModel, keras.Model])
-@pytest.mark.parametrize("jit_compile", [True, "auto"])
-def test_fit_evaluate_and_predict(xla, gpu, kind, jit_compile):
+@pytest.mark.parametrize(
+    "kind, jit_compile, custom_call",
+    [
+        (LBEModel, True, "1"),
+        (LBEModel, "auto", "0"),
+        (keras.Model, True, "0"),
+        (keras.Model, "auto", "1"),
+    ],
+)
+def test_fit_evaluate_and_predict(
+    xla, gpu, kind, jit_compile, custom_call, monkeypatch
+):
+    monkeypatch.setenv("LBE_OPS_XLA_CUSTOM_CALL", custom_call)
     keras.utils.set_random_seed(0)
     outside, expected = history(network(kind), False)
     keras.utils.set_random_seed(0)

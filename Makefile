@@ -100,10 +100,11 @@ $(PACKAGE): $(REQUIREMENTS) $(SOURCES) $(BUILD_OPTIONS)
 	$(BIN)/lbe-ops info
 	@touch $@
 
-# Built anew where the options or the CUDA compiler are others than last time.
+# Built anew where the options, the CUDA compiler or the headers that XLA needs are
+# others than last time.
 $(BUILD_OPTIONS): $(REQUIREMENTS) always
 	@options="$(LBE_CUDA) $(LBE_XLA) $${CUDACXX:-$$(PATH="$$PATH:/usr/local/cuda/bin" \
-	  command -v nvcc)}"; \
+	  command -v nvcc)} $(wildcard /usr/include/highwayhash /usr/include/farmhash.h)"; \
 	[ "$$(cat $@ 2>/dev/null)" = "$$options" ] || echo "$$options" > $@
 
 .PHONY: always

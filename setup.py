@@ -36,7 +36,7 @@ def tensorflow_requirement() -> list[str]:
 
 
 class CMakeBuild(build_ext):
-    """Puts `lbe_ops/libtf_ops.so` and the module `lbe_ops_numpy` into the wheel.
+    """Puts `lbe_ops/lib*_ops.so` and the module `lbe_ops_numpy` into the wheel.
 
     The environment variables LBE_CUDA and LBE_XLA (AUTO, ON or OFF) are CMake's options
     of that name.

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times the fused batch entropy against the ways to compute it without it.
 
-Variants: the native op; its kernels without the call of TensorFlow around them; the
-same formula in plain TensorFlow, as a graph and compiled by XLA; the formula of the
-TensorFlow port; PyTorch's, where torch is installed. One call each on a tensor that
+Variants: the native op, as a graph and within a function compiled by XLA; its kernels
+without the call of TensorFlow around them; the same formula in plain TensorFlow, as a
+graph and compiled by XLA; the formula of the TensorFlow port; PyTorch's, where torch is
+installed. One call each on a tensor that
 is there already, forward (the entropy) and forward + gradient (the entropy and dx).
 The call itself is included (see `empty call`), as is the allocation of the results.
 
@@ -31,7 +32,7 @@ import tensorflow as tf
 from machine import Streams, describe
 
 import lbe_ops
-from lbe_ops import info
+from lbe_ops import info, native
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
 import oracle
@@ -93,6 +94,23 @@ def tensorflow_variant(
         return lambda: run(x)[0].numpy(), results
 
     return Variant(name, 0, prepare)
+
+
+def fused_xla_variant() -> Variant:
+    """The native op under XLA, where the library was built with that."""
+    fused = tensorflow_variant(
+        "fused XLA", lambda x: lbe_ops.batch_entropy(x, native=True), xla=True
+    )
+
+    def prepare(
+        array: np.ndarray, gradient: bool
+    ) -> tuple[Call, Callable[[], Results]]:
+        reason = native.load().xla_reason
+        if reason:
+            raise UnavailableError(reason)
+        return fused.prepare(array, gradient)
+
+    return dataclasses.replace(fused, prepare=prepare)
 
 
 def kernel_variant(threads: int) -> Variant:
@@ -173,6 +191,7 @@ def torch_variant(name: str, compiled: bool, threads: int) -> Variant:
 def variants(threads: int) -> dict[str, Variant]:
     listed = [
         tensorflow_variant("fused", lambda x: lbe_ops.batch_entropy(x, native=True)),
+        fused_xla_variant(),
         kernel_variant(threads),
         tensorflow_variant(
             "pure graph", lambda x: lbe_ops.batch_entropy(x, native=False)

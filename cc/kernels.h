@@ -2,9 +2,9 @@
 //
 // The boundary between kernels and frameworks: what the launchers take.
 //
-// Called by tf_ops.cc, xla_ops.cc and numpy_module.cc; no type of TensorFlow,
-// XLA, pybind11 or CUDA crosses it. Kernels do not allocate, do not throw and
-// know no framework.
+// Called by tf_ops.cc, xla_custom_call.cc and numpy_module.cc; no type of
+// TensorFlow, XLA, pybind11 or CUDA crosses it. Kernels do not allocate, do not
+// throw and know no framework.
 
 #ifndef LBE_OPS_CC_KERNELS_H_
 #define LBE_OPS_CC_KERNELS_H_

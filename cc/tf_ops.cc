@@ -5,19 +5,16 @@
 //
 // Glue: checks, allocates, calls the launchers of kernels.h, reports.
 
-#include <cmath>
 #include <cstring>
-#include <string>
 
 #include "absl/status/status.h"
-#include "absl/strings/numbers.h"
-#include "absl/strings/str_cat.h"
 #include "kernels.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/lib/core/threadpool.h"
+#include "tf_attributes.h"
 
 #ifdef LBE_CUDA
 #include "xla/stream_executor/stream.h"
@@ -30,7 +27,6 @@ extern "C" const char kLbeOpsMarker[] __attribute__((used)) =
 namespace lbe {
 namespace {
 
-using ::tensorflow::DataType;
 using ::tensorflow::OpKernel;
 using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
@@ -38,11 +34,6 @@ using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
 using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
-
-template <typename... Parts>
-absl::Status InvalidArgument(const Parts&... parts) {
-  return absl::InvalidArgumentError(absl::StrCat(parts...));
-}
 
 // The shape of one sample: that of x without its first dimension.
 absl::Status UnitShape(InferenceContext* c, ShapeHandle* units) {
@@ -128,58 +119,12 @@ statistic_grads: None, or the gradients with respect to mean and variance.
 dx: The gradient with respect to x; 0 where N < 2.
 )doc");
 
-// TensorFlow's dtype to the kernels' own.
-absl::Status ToDType(DataType type, DType* dtype) {
-  switch (type) {
-#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
-  case tensorflow::tensorflow_name:                                   \
-    *dtype = DType::name;                                             \
-    return absl::OkStatus();
-    LBE_FOR_EACH_DTYPE(LBE_DTYPE)
-#undef LBE_DTYPE
-    default:
-      return InvalidArgument("lbe_ops has no kernel for ",
-                             tensorflow::DataTypeString(type));
-  }
-}
-
-absl::Status NumberAttr(OpKernelConstruction* context, const char* name,
-                        double* value) {
-  std::string text;
-  TF_RETURN_IF_ERROR(context->GetAttr(name, &text));
-  if (!absl::SimpleAtod(text, value) || !std::isfinite(*value)) {
-    return InvalidArgument(name, " must be a finite number. Received: '", text,
-                           "'");
-  }
-  return absl::OkStatus();
-}
-
 // What the kernels of both ops share: attributes and the sizes of x.
 class BatchEntropyKernel : public OpKernel {
  public:
   explicit BatchEntropyKernel(OpKernelConstruction* context)
       : OpKernel(context) {
-    DataType type, result_type;
-    OP_REQUIRES_OK(context, context->GetAttr("T", &type));
-    OP_REQUIRES_OK(context, context->GetAttr("result_type", &result_type));
-    OP_REQUIRES_OK(context, ToDType(type, &dtype_));
-    OP_REQUIRES(context,
-                (type == tensorflow::DT_DOUBLE) ==
-                    (result_type == tensorflow::DT_DOUBLE),
-                InvalidArgument(
-                    "result_type must be double where T is double, and float "
-                    "elsewhere. Received: T = ",
-                    tensorflow::DataTypeString(type), ", result_type = ",
-                    tensorflow::DataTypeString(result_type)));
-    OP_REQUIRES_OK(context, context->GetAttr("ddof", &formula_.ddof));
-    OP_REQUIRES_OK(context, NumberAttr(context, "scale", &formula_.scale));
-    OP_REQUIRES_OK(context, NumberAttr(context, "offset", &formula_.offset));
-    OP_REQUIRES(
-        context, IsServed(formula_),
-        InvalidArgument(
-            "ddof must be 0 or 1, scale from ", kSmallest, " to ", kLargest,
-            ", offset 0 or in the same range. Received: ddof = ", formula_.ddof,
-            ", scale = ", formula_.scale, ", offset = ", formula_.offset));
+    OP_REQUIRES_OK(context, ReadAttributes(context, &dtype_, &formula_));
   }
 
   // Run where it becomes ready: a layer's statistics take less time than waking
@@ -298,22 +243,15 @@ class BatchEntropyOp : public BatchEntropyKernel {
  public:
   explicit BatchEntropyOp(OpKernelConstruction* context)
       : BatchEntropyKernel(context) {
-    std::string small_batch;
-    OP_REQUIRES_OK(context, context->GetAttr("small_batch", &small_batch));
-    zero_small_batch_ = small_batch == "zero";
+    OP_REQUIRES_OK(context, ReadSmallBatch(context, &zero_small_batch_));
   }
 
   void Compute(OpKernelContext* context) override {
     const Tensor& x = context->input(0);
     Sizes sizes;
     OP_REQUIRES_OK(context, SizesOf(x, &sizes));
-    OP_REQUIRES(
-        context, sizes.enough() || zero_small_batch_,
-        InvalidArgument(
-            "batch_entropy needs a batch of at least 2 samples, since the "
-            "variance of a single one is undefined, and at least one "
-            "unit. Received: x of shape ",
-            x.shape().DebugString()));
+    OP_REQUIRES(context, sizes.enough() || zero_small_batch_,
+                SmallBatchError(x.shape().DebugString()));
     Tensor *entropy, *mean, *variance, *valid;
     OP_REQUIRES_OK(context,
                    context->allocate_output(0, TensorShape({}), &entropy));

@@ -20,15 +20,16 @@ def collect() -> dict[str, str | dict[str, str]]:
     """Everything that a bug report about the installation needs.
 
     Returns:
-        Names and values in the order in which `render` prints them. `native` and
-        `numpy` are "yes", or "no: " and the reason; `cuda` is the toolkit and the
-        architectures that the library was built for, `gpu` the device that it runs
-        on, or "no: " and the reason; `build` is what else the compiled code says
-        about itself, empty where there is none.
+        Names and values in the order in which `render` prints them. `native`, `numpy`
+        and `xla` are "yes", or "no: " and the reason (`xla` may be "yes: plain HLO
+        only", without the native kernels); `cuda` is the toolkit and the architectures
+        that the library was built for, `gpu` the device that it runs on, or "no: " and
+        the reason; `build` is what else the compiled code says about itself, empty
+        where there is none.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the reason is printed
-        reason = native.load().reason
+        loaded = native.load()
     try:
         mode = _MODES[native.requested_mode()]
     except ValueError as error:
@@ -42,19 +43,24 @@ def collect() -> dict[str, str | dict[str, str]]:
     else:
         numpy, build, simd = "yes", module.build_info(), module.simd_level()
         gpu = _describe_gpu(module.cuda_system())
+    build.pop("xla", None)  # a library of its own, which may not be there
+    if loaded.xla_reason:
+        xla = f"no: {loaded.xla_reason}"
+    else:
+        xla = "yes" if loaded.custom_call else "yes: plain HLO only"
     return {
         "lbe_ops": lbe_ops.__version__,
         "python": platform.python_version(),
         "tensorflow": tf.__version__,
         "keras": keras.__version__,
         "platform": platform.platform(),
-        "native": f"no: {reason}" if reason else "yes",
+        "native": f"no: {loaded.reason}" if loaded.reason else "yes",
         "native_mode": mode,
         "numpy": numpy,
         "simd": simd,
         "cuda": build.pop("cuda", "no"),
         "gpu": gpu,
-        "xla": build.pop("xla", "no"),
+        "xla": xla,
         "build": build,
     }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds, checks and loads the compiled library, once, and remembers why not.
+"""Finds, checks and loads the compiled libraries, once, and remembers why not.
 
 The only file that knows about `.so` files. Everything else asks `select`, which
 answers both "may I use the native op here?" and "why not?".
@@ -22,15 +22,20 @@ import struct
 import threading
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import tensorflow as tf
 
 ENVIRONMENT_VARIABLE = "LBE_OPS_NATIVE"
 LIBRARY_PATH = pathlib.Path(__file__).with_name("libtf_ops.so")
+# How XLA compiles the ops; a library of its own, beside that of the ops.
+XLA_LIBRARY_NAME = "libxla_ops.so"
 
-# cc/tf_ops.cc embeds this text, so that the version is known without loading.
+# cc/tf_ops.cc and cc/xla_ops.cc embed this text, so that the version is known
+# without loading.
 _MARKER = re.compile(rb"lbe_ops was built for TensorFlow (\d+\.\d+)[^;]*;")
+_CUSTOM_CALL = re.compile(_MARKER.pattern + rb" custom call: 1;")
 
 _loading = threading.Lock()  # two threads must not register the ops twice
 
@@ -46,15 +51,20 @@ class NativeUnavailableError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Native:
-    """The outcome of the one attempt to load the library.
+    """The outcome of the one attempt to load the libraries.
 
     Attributes:
         ops: the module of op wrappers, or None.
         reason: why `ops` is None; empty where it is not.
+        xla_reason: why XLA cannot compile `ops`; empty where it can.
+        custom_call: whether XLA programs run the native kernels, and not the same
+            formula in XLA's own operations.
     """
 
     ops: types.ModuleType | None
     reason: str
+    xla_reason: str = "there is no native op."
+    custom_call: bool = False
 
 
 @contextlib.contextmanager
@@ -63,9 +73,8 @@ def use_native(native: bool | None) -> Iterator[None]:
 
     Holds for ops built in the `with` block, in this thread (or asyncio task), and so
     not in the threads of `strategy.run`: set `LBE_OPS_NATIVE` for those. A
-    `tf.function` keeps what was in force when it was traced. One that was traced
-    outside of XLA and is then called within a function of `jit_compile=True` keeps
-    its native op, too, which XLA cannot compile. An explicit `native=` wins.
+    `tf.function` keeps what was in force when it was traced. An explicit `native=`
+    wins.
 
     Example:
 
@@ -114,7 +123,7 @@ def select(native: bool | None = None) -> types.ModuleType | None:
     if mode is False:
         return None
     loaded = load()
-    reason = loaded.reason or _unusable_here()
+    reason = loaded.reason or _unusable_here(loaded)
     if not reason:
         return loaded.ops
     if mode:
@@ -125,16 +134,26 @@ def select(native: bool | None = None) -> types.ModuleType | None:
     return None
 
 
-def _unusable_here() -> str:
+def _unusable_here(loaded: Native) -> str:
     """Why a loaded library cannot serve the function being traced, or ''."""
     from tensorflow.python.ops import control_flow_util
 
-    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+    if loaded.xla_reason and control_flow_util.GraphOrParentsInXlaContext(
+        tf.compat.v1.get_default_graph()
+    ):
         return (
-            "this function is compiled by XLA (jit_compile=True), for which the "
-            "library has no kernel."
+            "this function is compiled by XLA (jit_compile=True), and "
+            + loaded.xla_reason
         )
     return ""
+
+
+def compiles(native: bool | None = None) -> bool:
+    """Whether XLA can compile what `select(native)` chooses outside of it."""
+    if requested_mode(native) is False:
+        return True
+    loaded = load()
+    return loaded.ops is None or not loaded.xla_reason
 
 
 def built_for(path: pathlib.Path) -> str | None:
@@ -155,7 +174,7 @@ def built_for(path: pathlib.Path) -> str | None:
 
 
 def load() -> Native:
-    """Loads the library at the first call; later calls return the same outcome.
+    """Loads the libraries at the first call; later calls return the same outcome.
 
     A missing file is quiet. One that is there and cannot be used gives one warning.
     """
@@ -172,25 +191,47 @@ def _load() -> Native:
             f"there is no compiled library at {path} (lbe_ops was installed "
             "without one).",
         )
+    ops, reason = _open(path, tf.load_op_library)
+    if reason:
+        _warn(f"lbe_ops falls back to plain TensorFlow: {reason}")
+        return Native(None, reason)
+    path = path.with_name(XLA_LIBRARY_NAME)
+    if not path.exists():
+        return Native(
+            ops,
+            "",
+            f"lbe_ops was built without {path.name}: `sudo apt-get install -y "
+            "libhighwayhash-dev libfarmhash-dev` and build it again.",
+        )
+    _, reason = _open(path, tf.load_library)
+    if reason:
+        _warn(f"lbe_ops has no native op under XLA (jit_compile=True): {reason}")
+        return Native(ops, "", reason)
+    return Native(ops, "", "", bool(_CUSTOM_CALL.search(path.read_bytes())))
+
+
+def _open(path: pathlib.Path, load: Callable[[str], Any]) -> tuple[Any, str]:
+    """What `load` returns for a library, and why it cannot be loaded, or ''."""
     running = ".".join(tf.__version__.split(".")[:2])
     try:
         built = built_for(path)
         if built is None:
-            reason = f"{path} is damaged or not a library of lbe_ops."
-        elif built != running:
+            return None, f"{path} is damaged or not a library of lbe_ops."
+        if built != running:
             # Never load it: TensorFlow's C++ ABI changes with every minor.
-            reason = (
+            return None, (
                 f"{path.name} was built for TensorFlow {built}, and this is "
                 f"TensorFlow {tf.__version__}."
             )
-        else:
-            return Native(tf.load_op_library(os.fspath(path)), "")
+        return load(os.fspath(path)), ""
     except (OSError, tf.errors.OpError) as error:
-        reason = f"{path} does not load: {str(error).strip().splitlines()[0]}"
+        return None, f"{path} does not load: {str(error).strip().splitlines()[0]}"
+
+
+def _warn(what: str) -> None:
     warnings.warn(
-        f"lbe_ops falls back to plain TensorFlow: {reason} Rebuild it: "
-        "`pip install --force-reinstall --no-deps .` in its source folder.",
+        f"{what} Rebuild it: `pip install --force-reinstall --no-deps .` in its "
+        "source folder.",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
-    return Native(None, reason)

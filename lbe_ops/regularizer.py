@@ -212,6 +212,19 @@ class LBERegularizer(keras.layers.Layer):
         self.built = True
 
     @property
+    def supports_jit(self) -> bool:
+        """Whether XLA can compile this layer; Keras asks before it turns XLA on.
+
+        False where the native op is in use and its library was built without XLA:
+        the whole model then trains outside of XLA, with the native op.
+        """
+        return self._supports_jit and native_library.compiles(self.native)
+
+    @supports_jit.setter
+    def supports_jit(self, value: bool) -> None:
+        self._supports_jit = value
+
+    @property
     def alpha(self) -> tf.Tensor:
         """The entropy to reach at present: `max(lbe_alpha_min, |lbe_alpha|)`."""
         return tf.maximum(tf.abs(self.lbe_alpha.value), self.lbe_alpha_min)

@@ -73,6 +73,15 @@ def require_native():
         pytest.skip(reason)
 
 
+def require_xla():
+    """Skips where XLA cannot compile the native op; LBE_REQUIRE_XLA=1 then fails."""
+    reason = native.load().xla_reason
+    if reason and os.environ.get("LBE_REQUIRE_XLA") == "1":
+        pytest.fail(f"LBE_REQUIRE_XLA=1, but {reason}")
+    elif reason:
+        pytest.skip(reason)
+
+
 def import_numpy_module():
     """lbe_ops_numpy; the tests skip without it, or fail, as by require_native."""
     if os.environ.get("LBE_REQUIRE_NATIVE") == "1":
@@ -159,8 +168,7 @@ class Path:
         """function(*args) with every op on this path."""
 
         def call(*tensors):
-            # XLA has no native kernel: there the choice is left to lbe_ops.
-            with lbe_ops.use_native(None if self.mode == "xla" else self.native):
+            with lbe_ops.use_native(self.native):
                 return function(*tensors)
 
         args = [tf.convert_to_tensor(a) for a in args]
@@ -174,15 +182,19 @@ PATHS = {
     "native-graph": Path(True, "graph"),
     "reference-eager": Path(False, "eager"),
     "reference-graph": Path(False, "graph"),
-    "xla": Path(False, "xla"),
+    "native-xla": Path(True, "xla"),
+    "reference-xla": Path(False, "xla"),
 }
 
 
 @pytest.fixture(params=PATHS)
 def path(request):
-    if PATHS[request.param].native:
+    chosen = PATHS[request.param]
+    if chosen.native:
         require_native()
-    return PATHS[request.param]
+    if chosen.native and chosen.mode == "xla":
+        require_xla()
+    return chosen
 
 
 @pytest.fixture

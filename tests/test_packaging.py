@@ -74,9 +74,11 @@ def test_the_source_distribution_holds_what_a_build_with_cuda_needs(tmp_path):
                 assert str(path.relative_to(ROOT)) in listed
 
 
-def test_wheel_holds_both_libraries_and_the_licence():
+def test_wheel_holds_the_libraries_and_the_licence():
     names = {file.name for file in importlib.metadata.files("lbe_ops")}
     assert {"libtf_ops.so", "LICENSE"} <= names
+    if os.environ.get("LBE_REQUIRE_XLA") == "1":
+        assert native.XLA_LIBRARY_NAME in names
     assert any(name.startswith("lbe_ops_numpy.") for name in names)
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from conftest import samples
+from conftest import require_xla, samples
 
 import lbe_ops
-from lbe_ops import LBERegularizer
+from lbe_ops import LBERegularizer, native
 
 # Keras reads a variable into NumPy 2 in a way that NumPy deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning")
@@ -64,6 +64,8 @@ def test_loss_of_a_plain_model_is_lbe_whatever_the_batch_size(kind, batch):
 
 @pytest.mark.parametrize("how", ["eager", "graph", "jit"])
 def test_fit_and_evaluate_add_lbe_to_the_compiled_loss(how):
+    if how == "jit" and not native.compiles():
+        require_xla()
     layer = keras.layers.Conv2D(3, 2, activity_regularizer=LBERegularizer(**SETTING))
     inputs = keras.Input((6, 6, 2))
     model = keras.Model(inputs, layer(inputs))

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The attributes of LBE>BatchEntropy and LBE>BatchEntropyGrad, read and
+// checked.
+//
+// Called by the kernels of tf_ops.cc and by the lowerings of xla_ops.cc.
+
+#ifndef LBE_OPS_CC_TF_ATTRIBUTES_H_
+#define LBE_OPS_CC_TF_ATTRIBUTES_H_
+
+#include <cmath>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "kernels.h"
+#include "tensorflow/core/framework/op_kernel.h"
+
+namespace lbe {
+
+template <typename... Parts>
+absl::Status InvalidArgument(const Parts&... parts) {
+  return absl::InvalidArgumentError(absl::StrCat(parts...));
+}
+
+// TensorFlow's dtype to the kernels' own.
+inline absl::Status ToDType(tensorflow::DataType type, DType* dtype) {
+  switch (type) {
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
+  case tensorflow::tensorflow_name:                                   \
+    *dtype = DType::name;                                             \
+    return absl::OkStatus();
+    LBE_FOR_EACH_DTYPE(LBE_DTYPE)
+#undef LBE_DTYPE
+    default:
+      return InvalidArgument("lbe_ops has no kernel for ",
+                             tensorflow::DataTypeString(type));
+  }
+}
+
+inline absl::Status NumberAttr(tensorflow::OpKernelConstruction* context,
+                               const char* name, double* value) {
+  std::string text;
+  TF_RETURN_IF_ERROR(context->GetAttr(name, &text));
+  if (!absl::SimpleAtod(text, value) || !std::isfinite(*value)) {
+    return InvalidArgument(name, " must be a finite number. Received: '", text,
+                           "'");
+  }
+  return absl::OkStatus();
+}
+
+// What both ops have.
+inline absl::Status ReadAttributes(tensorflow::OpKernelConstruction* context,
+                                   DType* dtype, Formula* formula) {
+  tensorflow::DataType type, result_type;
+  TF_RETURN_IF_ERROR(context->GetAttr("T", &type));
+  TF_RETURN_IF_ERROR(context->GetAttr("result_type", &result_type));
+  TF_RETURN_IF_ERROR(ToDType(type, dtype));
+  if ((type == tensorflow::DT_DOUBLE) !=
+      (result_type == tensorflow::DT_DOUBLE)) {
+    return InvalidArgument(
+        "result_type must be double where T is double, and float elsewhere. "
+        "Received: T = ",
+        tensorflow::DataTypeString(type),
+        ", result_type = ", tensorflow::DataTypeString(result_type));
+  }
+  TF_RETURN_IF_ERROR(context->GetAttr("ddof", &formula->ddof));
+  TF_RETURN_IF_ERROR(NumberAttr(context, "scale", &formula->scale));
+  TF_RETURN_IF_ERROR(NumberAttr(context, "offset", &formula->offset));
+  if (!IsServed(*formula)) {
+    return InvalidArgument(
+        "ddof must be 0 or 1, scale from ", kSmallest, " to ", kLargest,
+        ", offset 0 or in the same range. Received: ddof = ", formula->ddof,
+        ", scale = ", formula->scale, ", offset = ", formula->offset);
+  }
+  return absl::OkStatus();
+}
+
+// Whether LBE>BatchEntropy returns zeros for a batch that is too small.
+inline absl::Status ReadSmallBatch(tensorflow::OpKernelConstruction* context,
+                                   bool* zero) {
+  std::string small_batch;
+  TF_RETURN_IF_ERROR(context->GetAttr("small_batch", &small_batch));
+  *zero = small_batch == "zero";
+  return absl::OkStatus();
+}
+
+// Where it does not.
+inline absl::Status SmallBatchError(const std::string& shape) {
+  return InvalidArgument(
+      "batch_entropy needs a batch of at least 2 samples, since the variance "
+      "of a single one is undefined, and at least one unit. Received: x of "
+      "shape ",
+      shape);
+}
+
+}  // namespace lbe
+
+#endif  // LBE_OPS_CC_TF_ATTRIBUTES_H_

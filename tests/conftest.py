@@ -98,31 +98,43 @@ def missing_gpu(reason):
     pytest.skip(reason)
 
 
+def run_cmake(*arguments, **env):
+    """Exit status and output; skips or fails without CMake, as by require_native."""
+    path = os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")])
+    for tool in ("cmake", "ninja"):
+        if shutil.which(tool, path=path) is None:
+            reason = f"{tool} is missing: pip install {tool}"
+            if os.environ.get("LBE_REQUIRE_NATIVE") == "1":
+                pytest.fail(f"LBE_REQUIRE_NATIVE=1, but {reason}")
+            pytest.skip(reason)
+    done = subprocess.run(
+        [shutil.which("cmake", path=path), *arguments],
+        env={**os.environ, "PATH": path, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def configure(folder, *options, **env):
+    """CMake's first step, for lbe_ops_numpy alone, which is then built to out/."""
+    return run_cmake(
+        *("-S", ROOT, "-B", folder, "-G", "Ninja", "-DLBE_TENSORFLOW=OFF"),
+        *(f"-DPython_EXECUTABLE={sys.executable}", f"-DLBE_OUTPUT_DIR={folder}/out"),
+        *options,
+        **env,
+    )
+
+
 @pytest.fixture(scope="session")
 def emulated_module():
     """lbe_ops_numpy with CUDA kernels that run on the CPU; see cuda_emulation.h."""
-    path = os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")])
-    cmake = shutil.which("cmake", path=path)
-    if cmake is None or shutil.which("ninja", path=path) is None:
-        pytest.skip("the emulation is built with CMake and Ninja: pip install both")
-    for command in (
-        [
-            *(cmake, "-S", ROOT, "-B", EMULATION, "-G", "Ninja"),
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DLBE_OUTPUT_DIR={EMULATION / 'out'}",
-            *("-DLBE_CUDA=EMULATED", "-DLBE_TENSORFLOW=OFF"),
-        ],
-        [cmake, "--build", EMULATION],
-    ):
-        done = subprocess.run(
-            command,
-            env={**os.environ, "PATH": path},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-5000:]
+    status, output = configure(EMULATION, "-DLBE_CUDA=EMULATED")
+    assert status == 0, output
+    status, output = run_cmake("--build", EMULATION)
+    assert status == 0, output[-5000:]
     (library,) = (EMULATION / "out").glob("lbe_ops_numpy_emulated.*.so")
     spec = importlib.util.spec_from_file_location("lbe_ops_numpy_emulated", library)
     module = importlib.util.module_from_spec(spec)

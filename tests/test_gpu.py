@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import missing_gpu, require_native, tensor
+from conftest import missing_gpu, require_native, require_xla, tensor
 
 import lbe_ops
 
@@ -51,9 +51,12 @@ def test_the_bits_of_the_cpu(dtype, shape, mode, rng):
     assert found["/GPU:0"] == found["/CPU:0"]
 
 
+@pytest.mark.parametrize("xla", [False, True])
 @pytest.mark.parametrize("use_native", [True, False])
-def test_training(use_native):
+def test_training(use_native, xla):
     """The op runs where the layers run, and trains as plain TensorFlow does."""
+    if use_native and xla:
+        require_xla()
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(512, 20)).astype(np.float32)
@@ -68,7 +71,7 @@ def test_training(use_native):
     model.compile(
         keras.optimizers.Adam(1e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        jit_compile=False,
+        jit_compile=xla,
     )
     losses = model.fit(x, y, batch_size=64, epochs=5, verbose=0).history["loss"]
     assert np.isfinite(losses).all()

@@ -162,24 +162,10 @@ void MergeParts(const CpuLoops& loops, const ForwardCut& cut, int64_t rows,
               m2 + first * pitch);
 }
 
-}  // namespace
-
-const char* CpuSimdLevel() { return ChosenSimd().name; }
-
-int64_t BatchEntropyForwardCpuWorkspace(DType dtype, int64_t rows,
-                                        int64_t units, int threads) {
-  const CpuLoops& loops = LoopsFor(dtype);
-  const ForwardCut cut = CutForward(loops, rows, units, threads);
-  const int64_t sums = CeilDiv(units, kGroupUnits) * sizeof(double);
-  const int64_t moments =
-      cut.parts > 1 ? 2 * cut.parts * units * loops.result_bytes : 0;
-  return CeilDiv(sums, 64) * 64 + moments;
-}
-
-void BatchEntropyForwardCpu(const Parallel& parallel, DType dtype,
-                            const void* x, int64_t rows, int64_t units,
-                            const Formula& formula, void* workspace, void* mean,
-                            void* variance, void* entropy) {
+void Forward(const Parallel& parallel, DType dtype, const void* x,
+             const EpilogueOperands* epilogue, int64_t rows, int64_t units,
+             const Formula& formula, void* workspace, void* mean,
+             void* variance, void* entropy) {
   const CpuLoops& loops = LoopsFor(dtype);
   const ForwardCut cut = CutForward(loops, rows, units, parallel.threads);
   const int64_t groups = CeilDiv(units, kGroupUnits);
@@ -199,8 +185,8 @@ void BatchEntropyForwardCpu(const Parallel& parallel, DType dtype,
     Run(parallel, cut.tiles, bytes, [&](int64_t tile) {
       const int64_t column = tile * cut.tile_columns;
       const int64_t columns = columns_of(tile);
-      loops.moments(x, units, 0, rows, column, columns, at(mean, column),
-                    at(variance, column));
+      loops.moments(x, epilogue, units, 0, rows, column, columns,
+                    at(mean, column), at(variance, column));
       finish(column, columns);
     });
   } else {
@@ -213,10 +199,10 @@ void BatchEntropyForwardCpu(const Parallel& parallel, DType dtype,
       const int64_t part = item / cut.tiles;
       const int64_t column = item % cut.tiles * cut.tile_columns;
       const int64_t row = part * cut.part_rows;
-      loops.moments(x, units, row, std::min(cut.part_rows, rows - row), column,
-                    columns_of(item % cut.tiles),
-                    at(part_mean + part * pitch, column),
-                    at(part_m2 + part * pitch, column));
+      loops.moments(
+          x, epilogue, units, row, std::min(cut.part_rows, rows - row), column,
+          columns_of(item % cut.tiles), at(part_mean + part * pitch, column),
+          at(part_m2 + part * pitch, column));
     });
     Run(parallel, cut.tiles, 2 * cut.parts * pitch, [&](int64_t tile) {
       const int64_t column = tile * cut.tile_columns;
@@ -237,6 +223,76 @@ void BatchEntropyForwardCpu(const Parallel& parallel, DType dtype,
   }
   const double sum = SumHalves<kSumLanes>(lanes);
   SetScalar(dtype, sum / static_cast<double>(units), entropy);
+}
+
+// Adds up the rows [rows, units] of sums, pairwise, into the first.
+template <typename Scalar>
+void AddRows(const Parallel& parallel, int64_t rows, int64_t units,
+             Scalar* sums) {
+  constexpr int64_t kColumns = 4096;
+  Run(parallel, CeilDiv(units, kColumns), rows * units * sizeof(Scalar),
+      [&](int64_t item) {
+        const int64_t begin = item * kColumns;
+        const int64_t end = std::min(begin + kColumns, units);
+        for (int64_t step = 1; step < rows; step *= 2) {
+          for (int64_t row = 0; row + step < rows; row += 2 * step) {
+            Scalar* left = sums + row * units;
+            const Scalar* right = left + step * units;
+            for (int64_t u = begin; u < end; ++u) left[u] += right[u];
+          }
+        }
+      });
+}
+
+// The sums of all positions of a channel, to the first `channels` sums.
+template <typename Scalar>
+void AddPositions(int64_t units, int64_t channels, Scalar* sums) {
+  constexpr int64_t kAtOnce = 64;
+  for (int64_t begin = 0; begin < channels; begin += kAtOnce) {
+    const int64_t count = std::min(kAtOnce, channels - begin);
+    double totals[kAtOnce] = {};
+    for (int64_t position = 0; position < units; position += channels) {
+      const Scalar* from = sums + position + begin;
+      for (int64_t c = 0; c < count; ++c) totals[c] += from[c];
+    }
+    for (int64_t c = 0; c < count; ++c) {
+      sums[begin + c] = static_cast<Scalar>(totals[c]);
+    }
+  }
+}
+
+}  // namespace
+
+const char* CpuSimdLevel() { return ChosenSimd().name; }
+
+int64_t BatchEntropyForwardCpuWorkspace(DType dtype, int64_t rows,
+                                        int64_t units, int threads) {
+  const CpuLoops& loops = LoopsFor(dtype);
+  const ForwardCut cut = CutForward(loops, rows, units, threads);
+  const int64_t sums = CeilDiv(units, kGroupUnits) * sizeof(double);
+  const int64_t moments =
+      cut.parts > 1 ? 2 * cut.parts * units * loops.result_bytes : 0;
+  return CeilDiv(sums, 64) * 64 + moments;
+}
+
+void BatchEntropyForwardCpu(const Parallel& parallel, DType dtype,
+                            const void* x, int64_t rows, int64_t units,
+                            const Formula& formula, void* workspace, void* mean,
+                            void* variance, void* entropy) {
+  Forward(parallel, dtype, x, nullptr, rows, units, formula, workspace, mean,
+          variance, entropy);
+}
+
+void EpilogueForwardCpu(const Parallel& parallel, DType dtype, const void* z,
+                        const Epilogue& epilogue, int64_t rows, int64_t units,
+                        const Formula& formula, void* workspace, void* y,
+                        void* mean, void* variance, void* entropy) {
+  const EpilogueOperands operands = {&epilogue, z, y, nullptr, rows, units};
+  const bool nothing_to_make = y == z &&
+                               epilogue.activation == Activation::kLinear &&
+                               epilogue.bias == nullptr;
+  Forward(parallel, dtype, y, nothing_to_make ? nullptr : &operands, rows,
+          units, formula, workspace, mean, variance, entropy);
 }
 
 void BatchEntropyGradCpu(const Parallel& parallel, DType dtype, const void* x,
@@ -265,6 +321,51 @@ void BatchEntropyGradCpu(const Parallel& parallel, DType dtype, const void* x,
     loops.gradient(operands, row, std::min(item_rows, rows - row), column,
                    std::min(kGradientTile, units - column), stream);
   });
+}
+
+int64_t EpilogueGradCpuWorkspace(DType dtype, const Epilogue& epilogue,
+                                 int64_t rows, int64_t units) {
+  if (epilogue.bias == nullptr) return 0;
+  return CeilDiv(rows, kSumRows) * units * LoopsFor(dtype).result_bytes;
+}
+
+void EpilogueGradCpu(const Parallel& parallel, DType dtype, const void* dy,
+                     const void* y, const Epilogue& epilogue, int64_t rows,
+                     int64_t units, const Formula& formula, const void* mean,
+                     const void* variance, const void* entropy_grad,
+                     void* workspace, void* dz, void* dbias) {
+  const CpuLoops& loops = LoopsFor(dtype);
+  const EpilogueOperands operands = {&epilogue, dy,   const_cast<void*>(y),
+                                     dz,        rows, units};
+  const GradientOperands statistics = {
+      y,        rows,         units,   &formula, mean,
+      variance, entropy_grad, nullptr, nullptr,  nullptr};
+  void* sums = epilogue.bias == nullptr ? nullptr : workspace;
+  const int64_t bytes = 2 * rows * units * loops.element_bytes;
+  const int64_t tiles = CeilDiv(units, kGradientTile);
+  const int64_t wanted = parallel.threads * kPartsPerThread;
+  const int64_t item_rows =
+      CeilDiv(CeilDiv(rows * tiles, wanted), kSumRows) * kSumRows;
+  const int64_t row_items = CeilDiv(rows, item_rows);
+  Run(parallel, row_items * tiles, bytes, [&](int64_t item) {
+    const int64_t row = item / tiles * item_rows;
+    const int64_t column = item % tiles * kGradientTile;
+    loops.epilogue_gradient(operands, statistics, row,
+                            std::min(item_rows, rows - row), column,
+                            std::min(kGradientTile, units - column), sums);
+  });
+  if (sums == nullptr) return;
+  const auto add = [&](auto* typed) {
+    AddRows(parallel, CeilDiv(rows, kSumRows), units, typed);
+    FloatingPointMode mode;
+    AddPositions(units, epilogue.channels, typed);
+  };
+  if (loops.result_bytes == sizeof(double)) {
+    add(static_cast<double*>(sums));
+  } else {
+    add(static_cast<float*>(sums));
+  }
+  loops.round(sums, epilogue.channels, dbias);
 }
 
 }  // namespace lbe

@@ -11,6 +11,8 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
+
 #ifndef LBE_CPU_LOOPS
 #error "LBE_CPU_LOOPS must name the table to define"
 #endif
@@ -286,13 +288,68 @@ struct Loops {
     }
   }
 
+  // A line of the bias for columns [column, column + kLanes): the channels of a
+  // position are side by side, those of the next one follow.
+  LBE_MATH Line BiasLine(const Element* bias, int64_t channels, int64_t column,
+                         int64_t columns) {
+    const int64_t channel = column % channels;
+    if (channel + columns <= channels) {
+      return columns == kLanes ? Convert<Element>::Load(bias + channel)
+                               : LoadPart(bias + channel, columns);
+    }
+    Element line[kLanes] = {};
+    for (int64_t i = 0; i < columns; ++i) {
+      line[i] = bias[(channel + i) % channels];
+    }
+    return Convert<Element>::Load(line);
+  }
+
+  // Rows and columns of y = activation(z + bias).
+  template <Activation kActivation>
+  static void MakeYWith(const EpilogueOperands& o, int64_t row, int64_t rows,
+                        int64_t column, int64_t columns) {
+    const Element* bias = static_cast<const Element*>(o.epilogue->bias);
+    const Scalar alpha = static_cast<Scalar>(o.epilogue->alpha);
+    const Element* z = static_cast<const Element*>(o.z);
+    Element* y = static_cast<Element*>(o.y);
+    // Column by column: a line of the bias serves all rows of a chunk.
+    for (int64_t c = column; c < column + columns; c += kLanes) {
+      const int64_t width = std::min(kLanes, column + columns - c);
+      const Line b = bias == nullptr
+                         ? Line{}
+                         : BiasLine(bias, o.epilogue->channels, c, width);
+      for (int64_t r = row; r < row + rows; ++r) {
+        const int64_t at = r * o.units + c;
+        if (width == kLanes) {
+          Convert<Element>::Store(
+              Activate<kActivation>(Convert<Element>::Load(z + at) + b, alpha),
+              y + at);
+        } else {
+          StorePart(Activate<kActivation>(LoadPart(z + at, width) + b, alpha),
+                    width, y + at);
+        }
+      }
+    }
+  }
+
+  static void MakeY(const EpilogueOperands& o, int64_t row, int64_t rows,
+                    int64_t column, int64_t columns) {
+    switch (o.epilogue->activation) {
+#define LBE_ACTIVATION(name, keras_name) \
+  case Activation::name:                 \
+    return MakeYWith<Activation::name>(o, row, rows, column, columns);
+      LBE_FOR_EACH_ACTIVATION(LBE_ACTIVATION)
+#undef LBE_ACTIVATION
+    }
+  }
+
   // The tree, leaf by leaf, as a binary counter: level l of `stack` holds the
   // node over the latest 2^l full chunks, where bit l of the count of chunks is
   // set. A chunk merges with the nodes that it completes while it is in
   // registers, and the last one with all that are left.
-  static void MomentsOf(const void* from, int64_t units, int64_t row,
-                        int64_t rows, int64_t column, int64_t columns,
-                        void* mean, void* m2) {
+  static void MomentsOf(const void* from, const EpilogueOperands* epilogue,
+                        int64_t units, int64_t row, int64_t rows,
+                        int64_t column, int64_t columns, void* mean, void* m2) {
     struct Node {
       Line mean[kTile / kLanes];
       Line m2[kTile / kLanes];
@@ -335,6 +392,10 @@ struct Loops {
       const auto load = [](const Element* p) __attribute__((always_inline)) {
         return Convert<Element>::Load(p);
       };
+      if (epilogue != nullptr) {
+        // These rows stay in the caches until they are read below.
+        MakeY(*epilogue, row + chunk * kChunkRows, chunk_rows, column, columns);
+      }
       int64_t c = 0;
       if (chunk_rows == kChunkRows) {
         for (; c + kLanes <= columns; c += kLanes) {
@@ -424,30 +485,38 @@ struct Loops {
     if constexpr (kStream) _mm_sfence();
   }
 
-  static void Gradient(const GradientOperands& operands, int64_t row,
-                       int64_t rows, int64_t column, int64_t columns,
-                       bool stream) {
+  // Lines of mean, slope and, unless it is null, offset of columns [column,
+  // column + columns).
+  LBE_MATH void Slopes(const GradientOperands& operands, int64_t column,
+                       int64_t columns, Line* mean, Line* slope, Line* offset) {
     const auto factors = GradientFactorsOf<Scalar>(
         operands.rows, operands.units, *operands.formula);
     const Scalar entropy_share = EntropyShare(
         *static_cast<const Scalar*>(operands.entropy_grad), factors);
-    const bool has_offset = operands.mean_grad != nullptr;
-    alignas(kLineBytes) Line mean[kGradientTile / kLanes];
-    alignas(kLineBytes) Line slope[kGradientTile / kLanes];
-    alignas(kLineBytes) Line offset[kGradientTile / kLanes];
     const int64_t end = column + columns;
     for (int64_t line = 0; line * kLanes < columns; ++line) {
       const int64_t c = column + line * kLanes;
       mean[line] = LoadResult(operands.mean, c, end);
       slope[line] = EntropySlope(LoadResult(operands.variance, c, end),
                                  entropy_share, factors);
-      if (has_offset) {
+      if (offset != nullptr) {
         slope[line] +=
             VarianceSlope(LoadResult(operands.variance_grad, c, end), factors);
         offset[line] =
             MeanOffset(LoadResult(operands.mean_grad, c, end), factors);
       }
     }
+  }
+
+  static void Gradient(const GradientOperands& operands, int64_t row,
+                       int64_t rows, int64_t column, int64_t columns,
+                       bool stream) {
+    const bool has_offset = operands.mean_grad != nullptr;
+    alignas(kLineBytes) Line mean[kGradientTile / kLanes];
+    alignas(kLineBytes) Line slope[kGradientTile / kLanes];
+    alignas(kLineBytes) Line offset[kGradientTile / kLanes];
+    Slopes(operands, column, columns, mean, slope,
+           has_offset ? offset : nullptr);
     const int64_t first = row * operands.units + column;
     const auto run =
         has_offset
@@ -457,6 +526,94 @@ struct Loops {
         columns, mean, slope, offset,
         static_cast<Element*>(operands.dx) + first);
   }
+
+  static void RoundAll(const void* from, int64_t count, void* to) {
+    Element* elements = static_cast<Element*>(to);
+    for (int64_t c = 0; c < count; c += kLanes) {
+      const int64_t width = std::min(kLanes, count - c);
+      StorePart(LoadResult(from, c, count), width, elements + c);
+    }
+  }
+
+  // Rows of dz = activation'(y) * (dy + slope * (y - mean)), and their sums.
+  template <Activation kActivation, bool kSums>
+  static void EpilogueRows(const Element* dy, const Element* y, Element* dz,
+                           int64_t stride, int64_t rows, int64_t columns,
+                           Scalar alpha, const Line* mean, const Line* slope,
+                           Line* sums) {
+    const auto gradient =
+        [&](int64_t line, const Line& dy_line, const Line& y_line)
+            __attribute__((always_inline)) {
+              const Line result =
+                  Derivative<kActivation>(y_line, alpha) *
+                  (dy_line + UnitGradient(y_line, mean[line], slope[line]));
+              if constexpr (kSums) sums[line] += result;
+              return result;
+            };
+    for (int64_t row = 0; row < rows;
+         ++row, dy += stride, y += stride, dz += stride) {
+      int64_t c = 0;
+      for (; c + kLanes <= columns; c += kLanes) {
+        Convert<Element>::Store(
+            gradient(c / kLanes, Convert<Element>::Load(dy + c),
+                     Convert<Element>::Load(y + c)),
+            dz + c);
+      }
+      if (c < columns) {
+        const int64_t width = columns - c;
+        StorePart(gradient(c / kLanes, LoadPart(dy + c, width),
+                           LoadPart(y + c, width)),
+                  width, dz + c);
+      }
+    }
+  }
+
+  template <Activation kActivation>
+  static void EpilogueGradientWith(const EpilogueOperands& o, int64_t first,
+                                   int64_t rows, int64_t columns,
+                                   const Line* mean, const Line* slope,
+                                   Line* sums) {
+    const auto run = sums == nullptr ? EpilogueRows<kActivation, false>
+                                     : EpilogueRows<kActivation, true>;
+    run(static_cast<const Element*>(o.z) + first,
+        static_cast<const Element*>(o.y) + first,
+        static_cast<Element*>(o.dz) + first, o.units, rows, columns,
+        static_cast<Scalar>(o.epilogue->alpha), mean, slope, sums);
+  }
+
+  static void EpilogueGradient(const EpilogueOperands& o,
+                               const GradientOperands& statistics, int64_t row,
+                               int64_t rows, int64_t column, int64_t columns,
+                               void* sums) {
+    alignas(kLineBytes) Line mean[kGradientTile / kLanes];
+    alignas(kLineBytes) Line slope[kGradientTile / kLanes];
+    alignas(kLineBytes) Line line_sums[kGradientTile / kLanes];
+    Slopes(statistics, column, columns, mean, slope, nullptr);
+    for (int64_t begin = row; begin < row + rows; begin += kSumRows) {
+      const int64_t count = std::min(kSumRows, row + rows - begin);
+      if (sums != nullptr) {
+        for (int64_t c = 0; c < columns; c += kLanes)
+          line_sums[c / kLanes] = Line{};
+      }
+      const int64_t first = begin * o.units + column;
+      Line* const to = sums == nullptr ? nullptr : line_sums;
+      switch (o.epilogue->activation) {
+#define LBE_ACTIVATION(name, keras_name)                                   \
+  case Activation::name:                                                   \
+    EpilogueGradientWith<Activation::name>(o, first, count, columns, mean, \
+                                           slope, to);                     \
+    break;
+        LBE_FOR_EACH_ACTIVATION(LBE_ACTIVATION)
+#undef LBE_ACTIVATION
+      }
+      if (sums == nullptr) continue;
+      Scalar* const row_sums =
+          static_cast<Scalar*>(sums) + begin / kSumRows * o.units + column;
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        StoreResult(line_sums[c / kLanes], c, columns, row_sums);
+      }
+    }
+  }
 };
 
 }  // namespace
@@ -465,9 +622,15 @@ const CpuLoops* LBE_CPU_LOOPS() {
   static constexpr CpuLoops kLoops[] = {
 #define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
   {                                                                   \
-      sizeof(element),           sizeof(result),                      \
-      Loops<element>::MomentsOf, Loops<element>::MergeInto,           \
-      Loops<element>::Finish,    Loops<element>::Gradient},
+      sizeof(element),                                                \
+      sizeof(result),                                                 \
+      Loops<element>::MomentsOf,                                      \
+      Loops<element>::MergeInto,                                      \
+      Loops<element>::Finish,                                         \
+      Loops<element>::Gradient,                                       \
+      Loops<element>::EpilogueGradient,                               \
+      Loops<element>::RoundAll,                                       \
+  },
       LBE_FOR_EACH_DTYPE(LBE_DTYPE)
 #undef LBE_DTYPE
   };

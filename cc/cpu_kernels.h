@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "activations.h"
 #include "kernels.h"
 
 namespace lbe {
@@ -18,6 +19,9 @@ namespace lbe {
 constexpr int64_t kTile = 2048;
 constexpr int64_t kPartRows = 8192;
 constexpr int64_t kGradientTile = 4096;
+// Gradients of a bias are added up over so many rows, one after the other, and
+// then pairwise.
+constexpr int64_t kSumRows = 64;
 
 // The operands of one gradient; see BatchEntropyGradCpu.
 struct GradientOperands {
@@ -33,6 +37,16 @@ struct GradientOperands {
   void* dx;
 };
 
+// The operands of one epilogue; see EpilogueForwardCpu and EpilogueGradCpu.
+struct EpilogueOperands {
+  const Epilogue* epilogue;
+  const void* z;  // [rows, units]; dy in the gradient
+  void* y;        // [rows, units], may be z
+  void* dz;       // [rows, units], may be dy
+  int64_t rows;
+  int64_t units;
+};
+
 // The loops for one dtype. Moments and statistics are arrays of its result
 // type.
 struct CpuLoops {
@@ -40,9 +54,11 @@ struct CpuLoops {
   int64_t result_bytes;
 
   // Moments of columns [column, column + columns) over rows [row, row + rows)
-  // of x [.., units], to mean and m2 [columns].
-  void (*moments)(const void* x, int64_t units, int64_t row, int64_t rows,
-                  int64_t column, int64_t columns, void* mean, void* m2);
+  // of x [.., units], to mean and m2 [columns]. With an epilogue, whose y is x,
+  // that part of x is made first.
+  void (*moments)(const void* x, const EpilogueOperands* epilogue,
+                  int64_t units, int64_t row, int64_t rows, int64_t column,
+                  int64_t columns, void* mean, void* m2);
   // Merges the moments of b_rows rows into those of a_rows rows, all [columns].
   void (*merge)(int64_t a_rows, int64_t b_rows, int64_t columns,
                 const void* b_mean, const void* b_m2, void* mean, void* m2);
@@ -55,6 +71,15 @@ struct CpuLoops {
   // must start at a multiple of 64 bytes.
   void (*gradient)(const GradientOperands& operands, int64_t row, int64_t rows,
                    int64_t column, int64_t columns, bool stream);
+  // The same for dz of an epilogue, `row` being a multiple of kSumRows. Unless
+  // `sums` is null, the sum of each kSumRows rows goes to one of its rows
+  // [rows / kSumRows, units].
+  void (*epilogue_gradient)(const EpilogueOperands& operands,
+                            const GradientOperands& statistics, int64_t row,
+                            int64_t rows, int64_t column, int64_t columns,
+                            void* sums);
+  // `count` numbers of the result type to elements.
+  void (*round)(const void* from, int64_t count, void* to);
 };
 
 // One entry for each dtype, in the order of DType.

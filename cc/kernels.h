@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "activations.h"
 #include "batch_entropy.h"
 
 namespace lbe {
@@ -82,6 +83,35 @@ void BatchEntropyGradCpu(const Parallel& parallel, DType dtype, const void* x,
                          const void* mean, const void* variance,
                          const void* entropy_grad, const void* mean_grad,
                          const void* variance_grad, void* dx);
+
+// The epilogue of a layer: y = activation(z + bias), and the statistics of y in
+// the same pass.
+struct Epilogue {
+  Activation activation = Activation::kLinear;
+  double alpha = 0;            // of leaky_relu and elu; see activations.h
+  const void* bias = nullptr;  // [channels], of the dtype of z; or null
+  int64_t channels = 1;        // unit u has bias u modulo channels
+};
+
+// As BatchEntropyForwardCpu with x = y, which is written: y is z [rows, units]
+// itself or another array. Workspace: that of BatchEntropyForwardCpu.
+void EpilogueForwardCpu(const Parallel& parallel, DType dtype, const void* z,
+                        const Epilogue& epilogue, int64_t rows, int64_t units,
+                        const Formula& formula, void* workspace, void* y,
+                        void* mean, void* variance, void* entropy);
+
+// Bytes of workspace, 64-byte aligned, for EpilogueGradCpu.
+int64_t EpilogueGradCpuWorkspace(DType dtype, const Epilogue& epilogue,
+                                 int64_t rows, int64_t units);
+
+// Writes dz = activation'(y) * (dy + the gradient of entropy_grad * entropy),
+// and dbias [channels], its sum, unless there is no bias. Both have the dtype
+// of y; dz may be dy itself. dbias has the same bits for any number of threads.
+void EpilogueGradCpu(const Parallel& parallel, DType dtype, const void* dy,
+                     const void* y, const Epilogue& epilogue, int64_t rows,
+                     int64_t units, const Formula& formula, const void* mean,
+                     const void* variance, const void* entropy_grad,
+                     void* workspace, void* dz, void* dbias);
 
 // The instruction set in use: "avx512", "avx2" or "baseline". The best one that
 // the processor has, unless the environment variable LBE_OPS_SIMD names a lower

@@ -86,7 +86,27 @@ inline absl::Status ReadSmallBatch(tensorflow::OpKernelConstruction* context,
   return absl::OkStatus();
 }
 
-// Where it does not.
+// What LBE>Epilogue and its gradient have beside.
+inline absl::Status ReadEpilogue(tensorflow::OpKernelConstruction* context,
+                                 Epilogue* epilogue) {
+  std::string name;
+  TF_RETURN_IF_ERROR(context->GetAttr("activation", &name));
+  TF_RETURN_IF_ERROR(NumberAttr(context, "alpha", &epilogue->alpha));
+  if (epilogue->alpha < 0) {
+    return InvalidArgument("alpha must be at least 0. Received: ",
+                           epilogue->alpha);
+  }
+#define LBE_ACTIVATION(activation_name, keras_name)     \
+  if (name == keras_name) {                             \
+    epilogue->activation = Activation::activation_name; \
+    return absl::OkStatus();                            \
+  }
+  LBE_FOR_EACH_ACTIVATION(LBE_ACTIVATION)
+#undef LBE_ACTIVATION
+  return InvalidArgument("lbe_ops has no epilogue with activation ", name);
+}
+
+// Where LBE>BatchEntropy refuses such a batch.
 inline absl::Status SmallBatchError(const std::string& shape) {
   return InvalidArgument(
       "batch_entropy needs a batch of at least 2 samples, since the variance "

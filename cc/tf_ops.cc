@@ -5,6 +5,7 @@
 //
 // Glue: checks, allocates, calls the launchers of kernels.h, reports.
 
+#include <algorithm>
 #include <cstring>
 
 #include "absl/status/status.h"
@@ -119,7 +120,93 @@ statistic_grads: None, or the gradients with respect to mean and variance.
 dx: The gradient with respect to x; 0 where N < 2.
 )doc");
 
-// What the kernels of both ops share: attributes and the sizes of x.
+REGISTER_OP("LBE>Epilogue")
+    .Input("z: T")
+    .Input("bias: biases * T")
+    .Output("y: T")
+    .Output("entropy: result_type")
+    .Output("mean: result_type")
+    .Output("variance: result_type")
+    .Output("valid: result_type")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("result_type: {float, double} = DT_FLOAT")
+    .Attr("biases: int >= 0 = 0")
+    .Attr("activation: string = 'linear'")
+    .Attr("alpha: string = '0.0'")
+    .Attr("ddof: int >= 0 = 0")
+    .Attr("scale: string = '8.539734222673566'")
+    .Attr("offset: string = '1.0'")
+    .SetShapeFn([](InferenceContext* c) -> absl::Status {
+      ShapeHandle units;
+      TF_RETURN_IF_ERROR(UnitShape(c, &units));
+      c->set_output(0, c->input(0));
+      c->set_output(1, c->Scalar());
+      c->set_output(2, units);
+      c->set_output(3, units);
+      c->set_output(4, c->Scalar());
+      return absl::OkStatus();
+    })
+    .Doc(R"doc(
+y = activation(z + bias), and the batch entropy of y in the same pass.
+
+z: The layer's products [N, ..., C].
+bias: None, or one of shape [C].
+y: Of the shape of z, whose memory it takes where nobody else needs z.
+entropy: Of y; 0 where y has fewer than two samples or no unit.
+mean: The mean of every unit of y.
+variance: The variance of every unit of y.
+valid: 1, or 0 where the entropy is not defined.
+activation: linear, relu, leaky_relu, elu, selu, tanh, sigmoid or softplus.
+alpha: The slope of leaky_relu below 0, the factor of elu; as text.
+ddof: As for LBE>BatchEntropy.
+scale: As for LBE>BatchEntropy.
+offset: As for LBE>BatchEntropy.
+)doc");
+
+REGISTER_OP("LBE>EpilogueGrad")
+    .Input("dy: T")
+    .Input("y: T")
+    .Input("mean: result_type")
+    .Input("variance: result_type")
+    .Input("entropy_grad: result_type")
+    .Output("dz: T")
+    .Output("dbias: biases * T")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("result_type: {float, double} = DT_FLOAT")
+    .Attr("biases: int >= 0 = 0")
+    .Attr("activation: string = 'linear'")
+    .Attr("alpha: string = '0.0'")
+    .Attr("ddof: int >= 0 = 0")
+    .Attr("scale: string = '8.539734222673566'")
+    .Attr("offset: string = '1.0'")
+    .SetShapeFn([](InferenceContext* c) -> absl::Status {
+      ShapeHandle y, units, scalar;
+      TF_RETURN_IF_ERROR(c->Merge(c->input(0), c->input(1), &y));
+      TF_RETURN_IF_ERROR(UnitShape(c, &units));
+      for (int i : {2, 3}) {
+        TF_RETURN_IF_ERROR(c->Merge(units, c->input(i), &units));
+      }
+      TF_RETURN_IF_ERROR(c->WithRank(c->input(4), 0, &scalar));
+      c->set_output(0, y);
+      for (int i = 1; i < c->num_outputs(); ++i) {
+        c->set_output(i, c->RankKnown(y) ? c->Vector(c->Dim(y, -1))
+                                         : c->UnknownShapeOfRank(1));
+      }
+      return absl::OkStatus();
+    })
+    .Doc(R"doc(
+Gradient of LBE>Epilogue: activation'(y) * (dy + the gradient of the entropy).
+
+dy: The gradient with respect to y.
+y: What LBE>Epilogue returned.
+mean: The mean that it returned.
+variance: The variance that it returned.
+entropy_grad: The gradient with respect to the entropy, a scalar.
+dz: The gradient with respect to z; in the memory of dy where nobody else needs it.
+dbias: That with respect to the bias, the sum of dz, if there is one.
+)doc");
+
+// What the kernels of all ops share: attributes and the sizes of x.
 class BatchEntropyKernel : public OpKernel {
  public:
   explicit BatchEntropyKernel(OpKernelConstruction* context)
@@ -183,6 +270,20 @@ class Cpu {
   template <typename... Arguments>
   absl::Status Gradient(const Arguments&... arguments) const {
     BatchEntropyGradCpu(parallel(), arguments...);
+    return absl::OkStatus();
+  }
+  template <typename... Arguments>
+  absl::Status EpilogueForward(const Arguments&... arguments) const {
+    EpilogueForwardCpu(parallel(), arguments...);
+    return absl::OkStatus();
+  }
+  template <typename... Arguments>
+  int64_t EpilogueGradientWorkspace(const Arguments&... arguments) const {
+    return EpilogueGradCpuWorkspace(arguments...);
+  }
+  template <typename... Arguments>
+  absl::Status EpilogueGradient(const Arguments&... arguments) const {
+    EpilogueGradCpu(parallel(), arguments...);
     return absl::OkStatus();
   }
 
@@ -330,6 +431,167 @@ class BatchEntropyGradOp : public BatchEntropyKernel {
   }
 };
 
+// What the kernels of an epilogue and its gradient share.
+class EpilogueKernel : public BatchEntropyKernel {
+ public:
+  explicit EpilogueKernel(OpKernelConstruction* context)
+      : BatchEntropyKernel(context) {
+    OP_REQUIRES_OK(context, ReadEpilogue(context, &epilogue_));
+    int biases;
+    OP_REQUIRES_OK(context, context->GetAttr("biases", &biases));
+    OP_REQUIRES(context, biases <= 1,
+                InvalidArgument("bias must be none or one. Received: ", biases,
+                                " tensors"));
+    has_bias_ = biases == 1;
+  }
+
+ protected:
+  // With the bias, or any address in its place where only its gradient is
+  // wanted.
+  Epilogue EpilogueOf(const Tensor& y, const void* bias) const {
+    Epilogue epilogue = epilogue_;
+    epilogue.bias = bias;
+    epilogue.channels = std::max<int64_t>(y.dim_size(y.dims() - 1), 1);
+    return epilogue;
+  }
+  // A batch of one has no entropy, but an output. Its variance is 0 then.
+  Formula FormulaOf(const Sizes& sizes) const {
+    Formula formula = formula_;
+    if (!sizes.enough()) formula.ddof = 0;
+    return formula;
+  }
+
+  Epilogue epilogue_;
+  bool has_bias_;
+};
+
+template <typename Device>
+class EpilogueOp : public EpilogueKernel {
+ public:
+  using EpilogueKernel::EpilogueKernel;
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& z = context->input(0);
+    Sizes sizes;
+    OP_REQUIRES_OK(context, SizesOf(z, &sizes));
+    const void* bias = nullptr;
+    if (has_bias_) {
+      const Tensor& tensor = context->input(1);
+      OP_REQUIRES(
+          context,
+          tensor.dims() == 1 && tensor.dim_size(0) == z.dim_size(z.dims() - 1),
+          InvalidArgument("bias must have one entry for each channel, "
+                          "the last dimension of z. Received: z ",
+                          z.shape().DebugString(), ", bias ",
+                          tensor.shape().DebugString()));
+      bias = tensor.data();
+    }
+    Tensor *y, *entropy, *mean, *variance, *valid;
+    if (epilogue_.activation == Activation::kLinear && !has_bias_) {
+      context->set_output(0, z);  // not even a copy
+      y = context->mutable_output(0);
+    } else {
+      OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
+                                  {0}, 0, z.shape(), &y));
+    }
+    OP_REQUIRES_OK(context,
+                   context->allocate_output(1, TensorShape({}), &entropy));
+    OP_REQUIRES_OK(context,
+                   context->allocate_output(2, sizes.unit_shape, &mean));
+    OP_REQUIRES_OK(context,
+                   context->allocate_output(3, sizes.unit_shape, &variance));
+    OP_REQUIRES_OK(context,
+                   context->allocate_output(4, TensorShape({}), &valid));
+    const Device device(context);
+    if (sizes.rows == 0 || sizes.units == 0) {
+      for (Tensor* output : {entropy, mean, variance, valid}) {
+        OP_REQUIRES_OK(context, device.SetZero(output));
+      }
+      return;
+    }
+    Tensor workspace;
+    OP_REQUIRES_OK(
+        context, context->allocate_temp(tensorflow::DT_INT8,
+                                        TensorShape({device.ForwardWorkspace(
+                                            dtype_, sizes.rows, sizes.units)}),
+                                        &workspace));
+    void* const y_data = y->data();
+    OP_REQUIRES_OK(context,
+                   device.EpilogueForward(
+                       dtype_, z.data(), EpilogueOf(z, bias), sizes.rows,
+                       sizes.units, FormulaOf(sizes), workspace.data(), y_data,
+                       mean->data(), variance->data(), entropy->data()));
+    SetScalar(dtype_, sizes.enough(), valid->data());
+    if (!sizes.enough()) OP_REQUIRES_OK(context, device.SetZero(entropy));
+  }
+};
+
+template <typename Device>
+class EpilogueGradOp : public EpilogueKernel {
+ public:
+  using EpilogueKernel::EpilogueKernel;
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& dy = context->input(0);
+    const Tensor& y = context->input(1);
+    Sizes sizes;
+    OP_REQUIRES_OK(context, SizesOf(y, &sizes));
+    OP_REQUIRES(context, dy.shape() == y.shape(),
+                InvalidArgument("dy must have the shape of y, ",
+                                y.shape().DebugString(),
+                                ". Received: ", dy.shape().DebugString()));
+    for (int i : {2, 3}) {
+      OP_REQUIRES(context, context->input(i).shape() == sizes.unit_shape,
+                  InvalidArgument(
+                      "input ", i, " must have the shape of one sample, ",
+                      sizes.unit_shape.DebugString(),
+                      ". Received: ", context->input(i).shape().DebugString()));
+    }
+    OP_REQUIRES(
+        context, context->input(4).dims() == 0,
+        InvalidArgument("entropy_grad must be a scalar. Received: shape ",
+                        context->input(4).shape().DebugString()));
+    Tensor *dz, *dbias = nullptr;
+    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
+                                {0}, 0, y.shape(), &dz));
+    if (has_bias_) {
+      OP_REQUIRES_OK(context,
+                     context->allocate_output(
+                         1, TensorShape({y.dim_size(y.dims() - 1)}), &dbias));
+    }
+    const Device device(context);
+    if (sizes.rows == 0 || sizes.units == 0) {
+      if (has_bias_) OP_REQUIRES_OK(context, device.SetZero(dbias));
+      return;
+    }
+    // The entropy of a batch of one is 0, whatever y is.
+    Tensor zero;
+    const void* entropy_grad = context->input(4).data();
+    if (!sizes.enough()) {
+      OP_REQUIRES_OK(context, context->allocate_temp(context->input(4).dtype(),
+                                                     TensorShape({}), &zero));
+      OP_REQUIRES_OK(context, device.SetZero(&zero));
+      entropy_grad = zero.data();
+    }
+    const Epilogue epilogue = EpilogueOf(y, has_bias_ ? y.data() : nullptr);
+    Tensor workspace;
+    OP_REQUIRES_OK(
+        context,
+        context->allocate_temp(tensorflow::DT_INT8,
+                               TensorShape({device.EpilogueGradientWorkspace(
+                                   dtype_, epilogue, sizes.rows, sizes.units)}),
+                               &workspace));
+    void* const dz_data = dz->data();
+    void* const dbias_data = has_bias_ ? dbias->data() : nullptr;
+    OP_REQUIRES_OK(context,
+                   device.EpilogueGradient(
+                       dtype_, dy.data(), y.data(), epilogue, sizes.rows,
+                       sizes.units, FormulaOf(sizes), context->input(2).data(),
+                       context->input(3).data(), entropy_grad, workspace.data(),
+                       dz_data, dbias_data));
+  }
+};
+
 #define LBE_REGISTER(device, launchers, type)                                \
   REGISTER_KERNEL_BUILDER(                                                   \
       Name("LBE>BatchEntropy").Device(device).TypeConstraint("T", type),     \
@@ -339,6 +601,20 @@ class BatchEntropyGradOp : public BatchEntropyKernel {
       BatchEntropyGradOp<launchers>);
 #define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
   LBE_REGISTER(tensorflow::DEVICE_CPU, Cpu, tensorflow::tensorflow_name)
+LBE_FOR_EACH_DTYPE(LBE_DTYPE)
+#undef LBE_DTYPE
+
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
+  REGISTER_KERNEL_BUILDER(                                            \
+      Name("LBE>Epilogue")                                            \
+          .Device(tensorflow::DEVICE_CPU)                             \
+          .TypeConstraint("T", tensorflow::tensorflow_name),          \
+      EpilogueOp<Cpu>);                                               \
+  REGISTER_KERNEL_BUILDER(                                            \
+      Name("LBE>EpilogueGrad")                                        \
+          .Device(tensorflow::DEVICE_CPU)                             \
+          .TypeConstraint("T", tensorflow::tensorflow_name),          \
+      EpilogueGradOp<Cpu>);
 LBE_FOR_EACH_DTYPE(LBE_DTYPE)
 #undef LBE_DTYPE
 

@@ -157,6 +157,93 @@ def unit_statistics(
     )
 
 
+class EpilogueOutputs(NamedTuple):
+    """What `epilogue` returns.
+
+    `y` has shape and dtype of z; `entropy` and `valid` are scalars as those of
+    `batch_entropy_or_zero`.
+    """
+
+    y: tf.Tensor
+    entropy: tf.Tensor
+    valid: tf.Tensor
+
+
+@tf.autograph.experimental.do_not_convert  # there is nothing to convert
+def epilogue(
+    z: Any,
+    bias: Any = None,
+    *,
+    activation: str = "linear",
+    alpha: float = 1.0,
+    ddof: int = 0,
+    scale: float = SCALE,
+    offset: float = OFFSET,
+    native: bool | None = None,
+) -> EpilogueOutputs:
+    """`y = activation(z + bias)` and the batch entropy of y, in one pass.
+
+    The end of a dense layer or a convolution, with its LBE: the pass that adds the
+    bias also makes the statistics, in the memory of z where TensorFlow allows it. The
+    gradient is one pass, too, and adds LBE's share to what flows back through y. With
+    neither activation nor bias y is z itself, without a copy.
+
+    Determinism is that of `batch_entropy`, for the gradient of the bias as well.
+
+    Args:
+        z: products `[N, ..., C]`; float16, bfloat16, float32 or float64.
+        bias: `[C]`, of the dtype of z, or None.
+        activation: linear, relu, leaky_relu, elu, selu, tanh, sigmoid or softplus.
+        alpha: slope of leaky_relu below 0, factor of elu, at least 0.
+        ddof, scale, offset, native: as for `batch_entropy`.
+
+    Returns:
+        `EpilogueOutputs(y, entropy, valid)`; the entropy is 0, and `valid` too, where
+        N < 2.
+
+    Raises:
+        TypeError, ValueError: an argument that is not served.
+        lbe_ops.NativeUnavailableError: `native=True` and it cannot be used.
+
+    Example:
+
+    >>> z = tf.constant([[-1.0], [2.0]])
+    >>> epilogue(z, tf.constant([0.5]), activation="relu").y.numpy().ravel()
+    array([0. , 2.5], dtype=float32)
+    """
+    z, formula = _check(z, ddof, scale, offset)
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(
+            f"activation must be one of {', '.join(reference.ACTIVATIONS)}. "
+            f"Received: {activation!r}"
+        )
+    if not (isinstance(alpha, numbers.Real) and 0 <= alpha < math.inf):
+        raise ValueError(f"alpha must be a number >= 0. Received: {alpha!r}")
+    if bias is not None:
+        bias = tf.convert_to_tensor(bias, z.dtype)
+        if not bias.shape.is_compatible_with(z.shape[-1:] if z.shape.rank else [None]):
+            raise ValueError(
+                "bias must have one entry for each channel, the last dimension of z. "
+                f"Received: z of shape {z.shape}, bias of shape {bias.shape}"
+            )
+    ops = native_library.select(native)
+    if ops is None:
+        return EpilogueOutputs(
+            *reference.epilogue(z, bias, activation, float(alpha), **formula)
+        )
+    outputs = ops.lbe_epilogue(
+        z,
+        [] if bias is None else [bias],
+        result_type=reference.result_dtype(z.dtype),
+        activation=activation,
+        alpha=repr(float(alpha)),
+        ddof=formula["ddof"],
+        scale=repr(formula["scale"]),
+        offset=repr(formula["offset"]),
+    )
+    return EpilogueOutputs(outputs.y, outputs.entropy, outputs.valid)
+
+
 def check_formula(ddof: int, scale: float, offset: float) -> dict[str, Any]:
     """The parameters of the entropy as plain numbers.
 
@@ -252,3 +339,53 @@ def _batch_entropy_grad_grad(
         dx = inner.gradient(targets[: len(grads)], x, output_gradients=grads)
     x_grad, *grads_grads = outer.gradient(dx, [x, *grads], output_gradients=dx_grad)
     return [x_grad, None, None, *grads_grads]
+
+
+_EPILOGUE_ATTRIBUTES = ("activation", "alpha", "ddof", "scale", "offset", "biases")
+
+
+@tf.RegisterGradient("LBE>Epilogue")
+def _epilogue_grad(
+    op: tf.Operation, dy: tf.Tensor, entropy_grad: tf.Tensor, *_: tf.Tensor
+) -> list[tf.Tensor]:
+    y, _, mean, variance, _ = op.outputs
+    dz, dbias = native_library.load().ops.lbe_epilogue_grad(
+        dy,
+        y,
+        mean,
+        variance,
+        entropy_grad,
+        **{name: op.get_attr(name) for name in _EPILOGUE_ATTRIBUTES},
+    )
+    return [dz, *dbias]
+
+
+@tf.RegisterGradient("LBE>EpilogueGrad")
+def _epilogue_grad_grad(op: tf.Operation, *grads: tf.Tensor) -> list[tf.Tensor | None]:
+    """The gradient of the gradient: TensorFlow differentiates the formula.
+
+    mean and variance are those of y, so that what flows back through them is part of
+    the gradient with respect to y.
+    """
+    dy, y, _, _, entropy_grad = op.inputs
+    formula = {
+        "ddof": op.get_attr("ddof"),
+        "scale": float(op.get_attr("scale")),
+        "offset": float(op.get_attr("offset")),
+    }
+    derivative = reference.DERIVATIVES[op.get_attr("activation").decode()]
+    with tf.GradientTape() as outer:
+        outer.watch([dy, y, entropy_grad])
+        with tf.GradientTape() as inner:
+            inner.watch(y)
+            entropy, _ = reference.batch_entropy_or_zero(y, **formula)
+        share = inner.gradient(entropy, y, output_gradients=entropy_grad)
+        dz = derivative(y, float(op.get_attr("alpha"))) * (dy + share)
+        outputs = [dz]
+        if op.get_attr("biases"):
+            channels = tf.reshape(dz, [-1, tf.shape(dz)[-1]])
+            outputs.append(tf.reduce_sum(channels, axis=0))
+    dy_grad, y_grad, g_grad = outer.gradient(
+        outputs, [dy, y, entropy_grad], output_gradients=list(grads)
+    )
+    return [dy_grad, y_grad, None, None, g_grad]

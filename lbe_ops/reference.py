@@ -11,6 +11,7 @@ Regularization", TMLR 2022 (arXiv 2208.01134).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import tensorflow as tf
 
@@ -102,3 +103,41 @@ def unit_statistics(
     x = check_sizes(x)
     mean, variance = moments(x, ddof)
     return mean, variance, unit_entropy(variance, scale, offset)
+
+
+# Activations of an epilogue, and their derivatives written with y = activation(z):
+# functions of (z or y, alpha). The same maths stands in `cc/activations.h`.
+ACTIVATIONS = {
+    "linear": lambda z, alpha: z,
+    "relu": lambda z, alpha: tf.nn.relu(z),
+    # Not tf.nn.leaky_relu, whose alpha has 32 bits.
+    "leaky_relu": lambda z, alpha: tf.where(z < 0, alpha * z, z),
+    "elu": lambda z, alpha: tf.where(z < 0, alpha * tf.nn.elu(z), z),
+    "selu": lambda z, alpha: tf.nn.selu(z),
+    "tanh": lambda z, alpha: tf.tanh(z),
+    "sigmoid": lambda z, alpha: tf.sigmoid(z),
+    "softplus": lambda z, alpha: tf.math.softplus(z),
+}
+_SELU_SCALE, _SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
+DERIVATIVES = {
+    "linear": lambda y, alpha: tf.ones_like(y),
+    "relu": lambda y, alpha: tf.where(y > 0, tf.ones_like(y), 0),
+    "leaky_relu": lambda y, alpha: tf.where(y > 0, tf.ones_like(y), alpha),
+    "elu": lambda y, alpha: tf.where(y < 0, y + alpha, 1),
+    "selu": lambda y, alpha: tf.where(
+        y < 0, y + _SELU_SCALE * _SELU_ALPHA, _SELU_SCALE
+    ),
+    "tanh": lambda y, alpha: 1 - tf.square(y),
+    "sigmoid": lambda y, alpha: y * (1 - y),
+    "softplus": lambda y, alpha: -tf.math.expm1(-y),
+}
+
+
+def epilogue(
+    z: tf.Tensor, bias: tf.Tensor | None, activation: str, alpha: float, **formula: Any
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """`(y, entropy, valid)`; see `lbe_ops.ops.epilogue`."""
+    if bias is not None:
+        z = z + bias
+    y = ACTIVATIONS[activation](z, alpha)
+    return y, *batch_entropy_or_zero(y, **formula)

@@ -276,6 +276,25 @@ def test_bad_arguments_of_the_gradient(emulated_module):
         gradient(x, good, good, dx=Foreign(X.astype(np.float64)))
 
 
+@pytest.mark.parametrize("values", [["a", "bc"], [None, 1]], ids=["text", "objects"])
+def test_arrays_that_hold_no_numbers(emulated_module, values):
+    array = np.array(values, "<U5" if isinstance(values[0], str) else object)
+    with pytest.raises(TypeError, match="must hold numbers. Received: dtype"):
+        emulated_module.cuda_array(array)
+
+
+def test_an_error_does_not_outlive_its_call(emulated_module):
+    """CUDA keeps the error of a call until it is asked for: not by the next launch."""
+    x = normal((40, 24), "float32")
+
+    huge = Foreign(x, shape=(2**30, 2**28))
+    means = Foreign(x[0], shape=(2**28,))
+    with pytest.raises(RuntimeError, match="cudaMallocAsync failed"):
+        emulated_module.batch_entropy_grad(huge, means, means)
+    found = emulated_module.batch_entropy(Foreign(x))
+    assert same_bits(found, emulated_module.batch_entropy(x))
+
+
 def test_an_array_that_says_why_it_is_none(emulated_module):
     """PyTorch's error for tensors that require a gradient is its own."""
 

@@ -12,6 +12,7 @@
 // the op still works outside of XLA.
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -109,50 +110,47 @@ struct Activations {
   std::vector<int64_t> unit_dimensions;
 };
 
-class BatchEntropyLowering : public XlaOpKernel {
+// The results of LBE>BatchEntropy, in the order of its outputs.
+using Results = std::array<XlaOp, 4>;
+
+// What both forward passes share: the statistics of activations x.
+class StatisticsLowering : public XlaOpKernel {
  public:
-  explicit BatchEntropyLowering(OpKernelConstruction* context)
+  explicit StatisticsLowering(OpKernelConstruction* context)
       : XlaOpKernel(context),
         platform_(PlatformOf(context->device_type().type_string())) {
     OP_REQUIRES_OK(context, ReadAttributes(context, &dtype_, &formula_));
-    OP_REQUIRES_OK(context, ReadSmallBatch(context, &zero_small_batch_));
   }
 
-  void Compile(XlaOpKernelContext* context) override {
-    const absl::StatusOr<Shape> shape = context->InputXlaShape(0);
-    OP_REQUIRES_OK(context, shape.status());
-    OP_REQUIRES(
-        context, !shape->dimensions().empty(),
-        InvalidArgument("x must have shape [batch, ...]. Received: a scalar"));
-    if (shape->is_dynamic()) return CompileHlo(context, *shape);
-    const int64_t rows = shape->dimensions(0);
+ protected:
+  absl::StatusOr<Results> Statistics(XlaOp x, const Shape& shape,
+                                     bool zero_small_batch) const {
+    if (shape.is_dynamic()) return Hlo(x, shape, zero_small_batch);
+    const int64_t rows = shape.dimensions(0);
     int64_t units = 1;
-    for (const int64_t size : shape->dimensions().subspan(1)) units *= size;
+    for (const int64_t size : shape.dimensions().subspan(1)) units *= size;
     if (rows < 2 || units < 1) {
-      OP_REQUIRES(
-          context, zero_small_batch_,
-          SmallBatchError(TensorShape(shape->dimensions()).DebugString()));
-      return CompileZeros(context, *shape);
+      if (!zero_small_batch) {
+        return SmallBatchError(TensorShape(shape.dimensions()).DebugString());
+      }
+      return Zeros(x, shape);
     }
-    if (HasCustomCall(platform_)) {
-      return CompileCustomCall(context, *shape, rows, units);
-    }
-    CompileHlo(context, *shape);
+    if (HasCustomCall(platform_)) return CustomCall(x, shape, rows, units);
+    return Hlo(x, shape, zero_small_batch);
   }
+
+  DType dtype_;
+  Formula formula_;
 
  private:
-  void CompileZeros(XlaOpKernelContext* context, const Shape& shape) {
-    const PrimitiveType type = ResultType(dtype_);
-    const XlaOp zero = xla::Zero(context->builder(), type);
-    const XlaOp zeros = xla::Zeros(context->builder(), UnitShape(shape));
-    context->SetOutput(0, zero);
-    context->SetOutput(1, zeros);
-    context->SetOutput(2, zeros);
-    context->SetOutput(3, zero);
+  Results Zeros(XlaOp x, const Shape& shape) const {
+    const XlaOp zero = xla::Zero(x.builder(), ResultType(dtype_));
+    const XlaOp zeros = xla::Zeros(x.builder(), UnitShape(shape));
+    return {zero, zeros, zeros, zero};
   }
 
-  void CompileCustomCall(XlaOpKernelContext* context, const Shape& shape,
-                         int64_t rows, int64_t units) {
+  Results CustomCall(XlaOp x, const Shape& shape, int64_t rows,
+                     int64_t units) const {
     const Shape scalar = ShapeUtil::MakeShape(ResultType(dtype_), {});
     const CustomCallOptions options{dtype_, formula_, MaxThreads()};
     // The kernels' row-major layout, whatever XLA would like best here. The
@@ -165,20 +163,19 @@ class BatchEntropyLowering : public XlaOpKernel {
     const Shape operand = ShapeUtil::MakeShapeWithDescendingLayout(
         shape.element_type(), shape.dimensions());
     const XlaOp call = xla::CustomCallWithLayout(
-        context->builder(), kCustomCallTarget, {context->Input(0)}, result,
-        {operand}, CustomCallConfig(options), /*has_side_effect=*/false,
+        x.builder(), kCustomCallTarget, {x}, result, {operand},
+        CustomCallConfig(options), /*has_side_effect=*/false,
         /*output_operand_aliasing=*/{}, /*literal=*/nullptr,
         xla::CustomCallSchedule::SCHEDULE_NONE,
         xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
-    for (int i = 0; i < 4; ++i) {
-      context->SetOutput(i, xla::GetTupleElement(call, i));
-    }
+    return {xla::GetTupleElement(call, 0), xla::GetTupleElement(call, 1),
+            xla::GetTupleElement(call, 2), xla::GetTupleElement(call, 3)};
   }
 
   // Two passes, the formula of batch_entropy.h. With sizes that are known at
   // run time only, a small batch cannot be an error: its entropy is NaN.
-  void CompileHlo(XlaOpKernelContext* context, const Shape& shape) {
-    const Activations a(context->Input(0), shape, dtype_, formula_);
+  Results Hlo(XlaOp x, const Shape& shape, bool zero_small_batch) const {
+    const Activations a(x, shape, dtype_, formula_);
     const XlaOp mean = xla::Div(a.Sum(a.x, {0}), a.rows);
     const XlaOp difference = xla::Sub(a.x, mean, a.unit_dimensions);
     const XlaOp m2 = a.Sum(xla::Mul(difference, difference), {0});
@@ -198,19 +195,17 @@ class BatchEntropyLowering : public XlaOpKernel {
     const XlaOp entropy =
         xla::Div(xla::Mul(a.Sum(log, all), a.Scalar(0.5)), a.units);
     const XlaOp too_small =
-        zero_small_batch_ ? a.Scalar(0)
-                          : a.Scalar(std::numeric_limits<double>::quiet_NaN());
+        zero_small_batch ? a.Scalar(0)
+                         : a.Scalar(std::numeric_limits<double>::quiet_NaN());
     const auto or_zero = [&](XlaOp value) {
       return shape.is_dynamic()
                  ? xla::Select(a.enough, value, xla::ZerosLike(value))
                  : value;
     };
-    context->SetOutput(0, shape.is_dynamic()
-                              ? xla::Select(a.enough, entropy, too_small)
-                              : entropy);
-    context->SetOutput(1, or_zero(mean));
-    context->SetOutput(2, or_zero(variance));
-    context->SetOutput(3, xla::ConvertElementType(a.enough, a.type));
+    return {shape.is_dynamic() ? xla::Select(a.enough, entropy, too_small)
+                               : entropy,
+            or_zero(mean), or_zero(variance),
+            xla::ConvertElementType(a.enough, a.type)};
   }
 
   // Of one sample, in the type of the results.
@@ -224,10 +219,40 @@ class BatchEntropyLowering : public XlaOpKernel {
   }
 
   const Platform platform_;
-  DType dtype_;
-  Formula formula_;
+};
+
+class BatchEntropyLowering : public StatisticsLowering {
+ public:
+  explicit BatchEntropyLowering(OpKernelConstruction* context)
+      : StatisticsLowering(context) {
+    OP_REQUIRES_OK(context, ReadSmallBatch(context, &zero_small_batch_));
+  }
+
+  void Compile(XlaOpKernelContext* context) override {
+    const absl::StatusOr<Shape> shape = context->InputXlaShape(0);
+    OP_REQUIRES_OK(context, shape.status());
+    OP_REQUIRES(
+        context, !shape->dimensions().empty(),
+        InvalidArgument("x must have shape [batch, ...]. Received: a scalar"));
+    const absl::StatusOr<Results> results =
+        Statistics(context->Input(0), *shape, zero_small_batch_);
+    OP_REQUIRES_OK(context, results.status());
+    for (int i = 0; i < 4; ++i) context->SetOutput(i, (*results)[i]);
+  }
+
+ private:
   bool zero_small_batch_;
 };
+
+// entropy_grad * scale / (U (N - ddof) (scale * v_u + offset)) of each unit.
+XlaOp EntropySlope(const Activations& a, const Formula& formula, XlaOp variance,
+                   XlaOp entropy_grad) {
+  const XlaOp factor =
+      xla::Div(a.Scalar(formula.scale), xla::Mul(a.units, a.freedom));
+  return xla::Div(xla::Mul(entropy_grad, factor),
+                  xla::Add(xla::Mul(variance, a.Scalar(formula.scale)),
+                           a.Scalar(formula.offset)));
+}
 
 class BatchEntropyGradLowering : public XlaOpKernel {
  public:
@@ -242,13 +267,8 @@ class BatchEntropyGradLowering : public XlaOpKernel {
     OP_REQUIRES_OK(context, shape.status());
     OP_REQUIRES_OK(context, CheckInputs(context, *shape));
     const Activations a(context->Input(0), *shape, dtype_, formula_);
-    const XlaOp factor =
-        xla::Div(a.Scalar(formula_.scale), xla::Mul(a.units, a.freedom));
-    const XlaOp variance = context->Input(2);
     XlaOp slope =
-        xla::Div(xla::Mul(context->Input(3), factor),
-                 xla::Add(xla::Mul(variance, a.Scalar(formula_.scale)),
-                          a.Scalar(formula_.offset)));
+        EntropySlope(a, formula_, context->Input(2), context->Input(3));
     const bool statistics = context->num_inputs() == 6;
     if (statistics) {
       slope = xla::Add(
@@ -296,6 +316,150 @@ class BatchEntropyGradLowering : public XlaOpKernel {
   Formula formula_;
 };
 
+// An epilogue in the type of the results: XLA fuses it with the product before
+// it. The maths of activations.h.
+class EpilogueLowering : public StatisticsLowering {
+ public:
+  explicit EpilogueLowering(OpKernelConstruction* context)
+      : StatisticsLowering(context) {
+    OP_REQUIRES_OK(context, ReadEpilogue(context, &epilogue_));
+  }
+
+  void Compile(XlaOpKernelContext* context) override {
+    const absl::StatusOr<Shape> shape = context->InputXlaShape(0);
+    OP_REQUIRES_OK(context, shape.status());
+    OP_REQUIRES(
+        context, !shape->dimensions().empty(),
+        InvalidArgument("z must have shape [batch, ...]. Received: a scalar"));
+    const int64_t last = shape->dimensions().size() - 1;
+    XlaOp z = xla::ConvertElementType(context->Input(0), ResultType(dtype_));
+    if (context->num_inputs() == 2) {
+      const absl::StatusOr<Shape> bias = context->InputXlaShape(1);
+      OP_REQUIRES_OK(context, bias.status());
+      OP_REQUIRES(
+          context,
+          bias->dimensions() ==
+              absl::MakeConstSpan({shape->dimensions(static_cast<int>(last))}),
+          InvalidArgument(
+              "bias must have one entry for each channel, the last dimension "
+              "of z. Received: z ",
+              TensorShape(shape->dimensions()).DebugString(), ", bias ",
+              TensorShape(bias->dimensions()).DebugString()));
+      z = xla::Add(
+          z, xla::ConvertElementType(context->Input(1), ResultType(dtype_)),
+          {last});
+    }
+    const XlaOp y = xla::ConvertElementType(Activate(z), shape->element_type());
+    const absl::StatusOr<Results> results = Statistics(y, *shape, true);
+    OP_REQUIRES_OK(context, results.status());
+    context->SetOutput(0, y);
+    for (int i = 0; i < 4; ++i) context->SetOutput(i + 1, (*results)[i]);
+  }
+
+ private:
+  XlaOp Activate(XlaOp z) const {
+    const XlaOp zero = xla::ZerosLike(z);
+    const XlaOp alpha = xla::ScalarLike(z, epilogue_.alpha);
+    const XlaOp negative = xla::Lt(z, zero);
+    switch (epilogue_.activation) {
+      case Activation::kLinear:
+        return z;
+      case Activation::kRelu:
+        return xla::Select(negative, zero, z);
+      case Activation::kLeakyRelu:
+        return xla::Select(negative, xla::Mul(z, alpha), z);
+      case Activation::kElu:
+        return xla::Select(negative,
+                           xla::Mul(xla::Expm1(xla::Min(z, zero)), alpha), z);
+      case Activation::kSelu:
+        return xla::Mul(xla::Select(negative,
+                                    xla::Mul(xla::Expm1(xla::Min(z, zero)),
+                                             xla::ScalarLike(z, kSeluAlpha)),
+                                    z),
+                        xla::ScalarLike(z, kSeluScale));
+      case Activation::kTanh:
+        return xla::Tanh(z);
+      case Activation::kSigmoid:
+        return xla::Logistic(z);
+      case Activation::kSoftplus:
+        return xla::Add(xla::Max(z, zero),
+                        xla::Log1p(xla::Exp(xla::Neg(xla::Abs(z)))));
+    }
+    return z;
+  }
+
+  Epilogue epilogue_;
+};
+
+class EpilogueGradLowering : public XlaOpKernel {
+ public:
+  explicit EpilogueGradLowering(OpKernelConstruction* context)
+      : XlaOpKernel(context) {
+    OP_REQUIRES_OK(context, ReadAttributes(context, &dtype_, &formula_));
+    OP_REQUIRES_OK(context, ReadEpilogue(context, &epilogue_));
+  }
+
+  void Compile(XlaOpKernelContext* context) override {
+    const absl::StatusOr<Shape> shape = context->InputXlaShape(1);
+    OP_REQUIRES_OK(context, shape.status());
+    OP_REQUIRES(
+        context, !shape->dimensions().empty(),
+        InvalidArgument("y must have shape [batch, ...]. Received: a scalar"));
+    const Activations y(context->Input(1), *shape, dtype_, formula_);
+    const XlaOp dy = xla::ConvertElementType(context->Input(0), y.type);
+    const XlaOp share = xla::Mul(
+        xla::Sub(y.x, context->Input(2), y.unit_dimensions),
+        EntropySlope(y, formula_, context->Input(3), context->Input(4)),
+        y.unit_dimensions);
+    const XlaOp dz = xla::Mul(
+        Derivative(y.x),
+        xla::Add(dy, xla::Select(y.enough, share, xla::ZerosLike(share))));
+    context->SetOutput(0, xla::ConvertElementType(dz, shape->element_type()));
+    if (num_outputs() == 1) return;
+    std::vector<int64_t> positions;
+    for (size_t d = 0; d + 1 < shape->dimensions().size(); ++d) {
+      positions.push_back(static_cast<int64_t>(d));
+    }
+    context->SetOutput(1, xla::ConvertElementType(y.Sum(dz, positions),
+                                                  shape->element_type()));
+  }
+
+ private:
+  XlaOp Derivative(XlaOp y) const {
+    const XlaOp zero = xla::ZerosLike(y);
+    const XlaOp one = xla::ScalarLike(y, 1);
+    const XlaOp alpha = xla::ScalarLike(y, epilogue_.alpha);
+    const auto constant = [&](double value) {
+      return xla::ScalarLike(y, value);
+    };
+    switch (epilogue_.activation) {
+      case Activation::kLinear:
+        return one;
+      case Activation::kRelu:
+        return xla::Select(xla::Gt(y, zero), one, zero);
+      case Activation::kLeakyRelu:
+        return xla::Select(xla::Gt(y, zero), one, alpha);
+      case Activation::kElu:
+        return xla::Select(xla::Lt(y, zero), xla::Add(y, alpha), one);
+      case Activation::kSelu:
+        return xla::Select(xla::Lt(y, zero),
+                           xla::Add(y, constant(kSeluScale * kSeluAlpha)),
+                           constant(kSeluScale));
+      case Activation::kTanh:
+        return xla::Sub(one, xla::Mul(y, y));
+      case Activation::kSigmoid:
+        return xla::Mul(y, xla::Sub(one, y));
+      case Activation::kSoftplus:
+        return xla::Neg(xla::Expm1(xla::Neg(y)));
+    }
+    return one;
+  }
+
+  DType dtype_;
+  Formula formula_;
+  Epilogue epilogue_;
+};
+
 // Straight into TensorFlow's registry of kernels, for the devices as which XLA
 // compiles. REGISTER_XLA_OP keeps a list of its own that is read once, before
 // the first compilation in the process: an op that is loaded later never gets
@@ -341,6 +505,9 @@ tensorflow::OpKernel* Create(OpKernelConstruction* context) {
 const Registrar forward("LBE>BatchEntropy", Create<BatchEntropyLowering>);
 const Registrar gradient("LBE>BatchEntropyGrad",
                          Create<BatchEntropyGradLowering>);
+const Registrar epilogue("LBE>Epilogue", Create<EpilogueLowering>);
+const Registrar epilogue_gradient("LBE>EpilogueGrad",
+                                  Create<EpilogueGradLowering>);
 
 }  // namespace
 }  // namespace lbe

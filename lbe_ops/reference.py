@@ -11,7 +11,6 @@ Regularization", TMLR 2022 (arXiv 2208.01134).
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import tensorflow as tf
 
@@ -133,11 +132,10 @@ DERIVATIVES = {
 }
 
 
-def epilogue(
-    z: tf.Tensor, bias: tf.Tensor | None, activation: str, alpha: float, **formula: Any
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """`(y, entropy, valid)`; see `lbe_ops.ops.epilogue`."""
+def activate(
+    z: tf.Tensor, bias: tf.Tensor | None, activation: str, alpha: float
+) -> tf.Tensor:
+    """`activation(z + bias)`; see `lbe_ops.ops.epilogue`."""
     if bias is not None:
         z = z + bias
-    y = ACTIVATIONS[activation](z, alpha)
-    return y, *batch_entropy_or_zero(y, **formula)
+    return ACTIVATIONS[activation](z, alpha)

@@ -265,7 +265,10 @@ class LBERegularizer(keras.layers.Layer):
                 "point, which has no batch entropy. Put LBE on a layer whose outputs "
                 f"all are floating point. Received: dtype={x.dtype.name!r}"
             )
-        entropy, valid = ops.batch_entropy_or_zero(x, **self.formula, native=native)
+        made = getattr(x, "_lbe_entropy", None)  # by `epilogue`
+        entropy, valid = made or ops.batch_entropy_or_zero(
+            x, **self.formula, native=native
+        )
         if record is not None:
             record.add(Entry(self, entropy, valid), _name(layer))
             return self._other(x, layer, record)
@@ -281,6 +284,38 @@ class LBERegularizer(keras.layers.Layer):
         if self.other_activity_regularizer is None:
             return loss
         return loss + tf.cast(self.other_activity_regularizer(x), loss.dtype)
+
+    def in_epilogue(self) -> bool:
+        """Whether a layer is to end with `epilogue` now: in a step of an `LBEModel`."""
+        record = _record.get()
+        return (
+            record is not None
+            and (record.always or _training())
+            and not in_symbolic_scope()
+            and not pywrap_tfe.TFE_Py_TapeSetIsStopped()
+        )
+
+    def epilogue(
+        self, z: Any, bias: Any = None, activation: str = "linear", alpha: float = 1.0
+    ) -> tf.Tensor:
+        """`activation(z + bias)`, whose entropy is made in the same pass.
+
+        It is kept with the tensor that is returned, for the call of this regularizer
+        that follows.
+
+        Args:
+            z, bias, activation, alpha: as for `lbe_ops.ops.epilogue`.
+        """
+        y, *entropy = ops.epilogue(
+            z,
+            bias,
+            activation=activation,
+            alpha=alpha,
+            **self.formula,
+            native=self.native,
+        )
+        y._lbe_entropy = tuple(entropy)
+        return y
 
     def _other(
         self, x: Any, layer: keras.layers.Layer | None, record: Record

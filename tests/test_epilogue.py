@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The epilogue y = activation(z + bias) with LBE, and the layers that end with it."""
+
+import math
+
+import keras
+import numpy as np
+import oracle
+import pytest
+import tensorflow as tf
+from conftest import TOLERANCES, require_native, require_xla, tensor
+
+from lbe_ops import Conv2D_LBE, Dense_LBE, LBEModel, LBERegularizer, native, ops
+from lbe_ops import reference as reference_formulas
+
+ALPHA = 0.3
+SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+# Each activation and its derivative, as functions of z in float64.
+ORACLES = {
+    "linear": (lambda z: z, np.ones_like),
+    "relu": (lambda z: np.maximum(z, 0), lambda z: 1.0 * (z > 0)),
+    "leaky_relu": (
+        lambda z: np.where(z < 0, ALPHA * z, z),
+        lambda z: np.where(z < 0, ALPHA, 1.0),
+    ),
+    "elu": (
+        lambda z: np.where(z < 0, ALPHA * np.expm1(z), z),
+        lambda z: np.where(z < 0, ALPHA * np.exp(z), 1.0),
+    ),
+    "selu": (
+        lambda z: SELU_SCALE * np.where(z < 0, SELU_ALPHA * np.expm1(z), z),
+        lambda z: SELU_SCALE * np.where(z < 0, SELU_ALPHA * np.exp(z), 1.0),
+    ),
+    "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
+    "sigmoid": (sigmoid, lambda z: sigmoid(z) * sigmoid(-z)),
+    "softplus": (lambda z: np.logaddexp(z, 0), sigmoid),
+}
+# Shapes, with and without a bias.
+CASES = [((9, 5), True), ((70, 33), False), ((33, 3, 5, 6), True)]
+
+
+def away_from_zero(rng, shape, dtype, bias):
+    """z with |z + bias| >= 1/4: where rounding does not decide about a kink."""
+    z, _ = tensor(rng.normal(0, 2, shape), dtype)
+    b, exact_bias = tensor(rng.normal(0, 1, shape[-1]) if bias else [], dtype)
+    total = tf.cast(z, tf.float64) + (exact_bias if bias else 0)
+    z = tf.cast(z + tf.cast(tf.where(tf.abs(total) < 0.25, 0.75, 0.0), z.dtype), dtype)
+    return z, (b if bias else None)
+
+
+def assert_close(found, expected, relative):
+    found = tf.cast(found, tf.float64).numpy()
+    scale = np.abs(expected).max() + 1e-3
+    assert np.abs(found - expected).max() <= relative * scale
+
+
+@pytest.mark.parametrize("shape, bias", CASES, ids=str)
+@pytest.mark.parametrize("activation", ORACLES)
+def test_values_and_gradients(path, dtype, activation, shape, bias, rng):
+    z, b = away_from_zero(rng, shape, dtype, bias)
+    dy, exact_dy = tensor(rng.normal(size=shape), dtype)
+    formula = {"ddof": 1, "scale": 3.0, "offset": 0.25}
+
+    def function(z, *b):
+        with tf.GradientTape() as tape:
+            tape.watch([z, *b])
+            y, entropy, valid = ops.epilogue(
+                z, *b, activation=activation, alpha=ALPHA, **formula
+            )
+            loss = tf.reduce_sum(tf.cast(y * dy, entropy.dtype)) + 50 * entropy
+        return y, entropy, valid, *tape.gradient(loss, [z, *b])
+
+    arguments = [z] if b is None else [z, b]
+    y, entropy, valid, dz, *dbias = path.run(function, *arguments)
+    assert (y.dtype, dz.dtype) == (z.dtype, z.dtype)
+    value, derivative = ORACLES[activation]
+    total = sum(tf.cast(a, tf.float64).numpy() for a in arguments)
+    # Plain TensorFlow rounds every step in half precision.
+    rounding = (4 if path.native else 16) * TOLERANCES[dtype].grad
+    assert_close(y, value(total), rounding)
+    # Statistics of y as it is stored.
+    stored = tf.cast(y, tf.float64).numpy()
+    expected = oracle.batch_entropy(stored, **formula)
+    assert abs(float(entropy) - expected) <= 10 * TOLERANCES[dtype].statistics
+    assert float(valid) == 1
+    share = 50 * oracle.batch_entropy_grad(stored, **formula).reshape(shape)
+    expected_dz = derivative(total) * (exact_dy + share)
+    assert_close(dz, expected_dz, 2 * rounding)
+    if bias:
+        expected = expected_dz.reshape(-1, shape[-1])
+        # Relative to what is added up, which may cancel.
+        allowed = 2 * rounding * (np.abs(expected).sum(axis=0).max() + 1e-3)
+        found = tf.cast(dbias[0], tf.float64).numpy()
+        assert np.abs(found - expected.sum(axis=0)).max() <= allowed
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_batch_too_small_has_an_output_and_no_entropy(path, rows, rng):
+    z, _ = tensor(rng.normal(size=(rows, 3)), "float32")
+    b, _ = tensor(rng.normal(size=3), "float32")
+
+    def function(z, b):
+        with tf.GradientTape() as tape:
+            tape.watch([z, b])
+            y, entropy, valid = ops.epilogue(z, b, activation="relu", ddof=1)
+            loss = tf.reduce_sum(y) + entropy
+        return y, entropy, valid, *tape.gradient(loss, [z, b])
+
+    y, entropy, valid, dz, dbias = path.run(function, z, b)
+    total = z.numpy() + b.numpy()
+    np.testing.assert_array_equal(y, np.maximum(total, 0))
+    assert (float(entropy), float(valid)) == (0, 0)
+    np.testing.assert_array_equal(dz, total > 0)
+    np.testing.assert_array_equal(dbias, (total > 0).sum(axis=0))
+
+
+@pytest.mark.parametrize("activation", ["tanh", "elu", "relu"])
+def test_second_derivative(activation, rng):
+    require_native()
+    z, b = away_from_zero(rng, (12, 4), "float64", bias=True)
+    weights = tf.constant(rng.normal(size=z.shape))
+
+    def of_z(z, use_native):
+        with tf.GradientTape() as outer:
+            outer.watch([z, b])
+            with tf.GradientTape() as inner:
+                inner.watch([z, b])
+                y, entropy, _ = ops.epilogue(
+                    z, b, activation=activation, alpha=ALPHA, native=use_native
+                )
+                loss = tf.reduce_sum(y * y * weights) + 20 * tf.square(entropy)
+            dz, db = inner.gradient(loss, [z, b])
+            total = tf.reduce_sum(dz * weights) + tf.reduce_sum(tf.square(db))
+        return outer.gradient(total, [z, b])
+
+    for found, expected in zip(of_z(z, True), of_z(z, False), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_nan_stays_and_infinity_ends(rng):
+    require_native()
+    for activation in ORACLES:
+        z = tf.constant([[np.nan, 1.0, 800.0], [0.5, -800.0, 1.0]], tf.float32)
+        y, entropy, _ = ops.epilogue(z, activation=activation, alpha=ALPHA)
+        value, _ = ORACLES[activation]
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = value(z.numpy().astype(np.float64))
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-30)
+        assert math.isnan(entropy)
+
+
+def test_the_same_bits_for_any_number_of_rows_at_a_time(rng):
+    """y and dz do not depend on their neighbours, dbias not on threads."""
+    require_native()
+    z, b = away_from_zero(rng, (3000, 700), "float32", bias=True)
+    results = []
+    for _ in range(3):
+        with tf.GradientTape() as tape:
+            tape.watch([z, b])
+            y, entropy, _ = ops.epilogue(z, b, activation="tanh", native=True)
+            loss = tf.reduce_sum(y[:, 0]) + 1e6 * entropy
+        results.append([t.numpy() for t in (y, *tape.gradient(loss, [z, b]))])
+    for result in results[1:]:
+        for first, other in zip(results[0], result, strict=True):
+            np.testing.assert_array_equal(first, other)
+    part = ops.epilogue(z[5:99], b, activation="tanh", native=True).y
+    np.testing.assert_array_equal(part, results[0][0][5:99])
+
+
+def test_without_activation_and_bias_y_is_z(rng):
+    """No copy: the tap of activations that no epilogue serves."""
+    require_native()
+    z, _ = tensor(rng.normal(size=(8, 4)), "float32")
+    y = ops.epilogue(z, native=True).y
+    addresses = [np.asarray(memoryview(tensor)).ctypes.data for tensor in (y, z)]
+    assert addresses[0] == addresses[1]
+
+
+def test_the_two_lists_of_activations_are_one():
+    assert set(reference_formulas.ACTIVATIONS) == set(ORACLES)
+    assert set(reference_formulas.DERIVATIVES) == set(ORACLES)
+    require_native()
+    for activation in ORACLES:
+        ops.epilogue(tf.ones((2, 2)), activation=activation, native=True)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"activation": "gelu"}, "activation must be one of .* Received: 'gelu'"),
+        ({"alpha": -1.0}, "alpha must be a number >= 0. Received: -1.0"),
+        ({"alpha": math.nan}, "alpha must be a number >= 0. Received: nan"),
+        ({"bias": tf.zeros(3)}, r"bias must have one entry .* \(3,\)"),
+    ],
+)
+def test_bad_arguments(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        ops.epilogue(tf.ones((4, 2)), **arguments)
+
+
+def test_the_op_itself_refuses_what_does_not_fit():
+    require_native()
+    op = native.load().ops
+    z = tf.ones((4, 2))
+    for bias in ([tf.ones(3)], [tf.ones((1, 2))], [tf.ones(2), tf.ones(2)]):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="bias must"):
+            op.lbe_epilogue(z, bias, activation="relu")
+    with pytest.raises(tf.errors.InvalidArgumentError, match="no epilogue with"):
+        op.lbe_epilogue(z, [], activation="gelu")
+
+
+# Layers: whatever the path, the same numbers.
+
+LBE = {"lbe_alpha": 0.8, "lbe_alpha_min": 0.2, "lbe_beta": 1.0}
+UPPER = {name.replace("lbe", "LBE"): value for name, value in LBE.items()}
+
+
+def swish(z):
+    return keras.ops.silu(z)
+
+
+def dense(fused, activation):
+    if fused:
+        return Dense_LBE(6, activation=activation, **UPPER)
+    return keras.layers.Dense(
+        6, activation=activation, activity_regularizer=LBERegularizer(**LBE)
+    )
+
+
+def conv(fused, activation, data_format="channels_last"):
+    options = {"activation": activation, "data_format": data_format}
+    if fused:
+        return Conv2D_LBE(4, 3, **options, **UPPER)
+    return keras.layers.Conv2D(
+        4, 3, activity_regularizer=LBERegularizer(**LBE), **options
+    )
+
+
+NETS = {
+    "dense": ((5,), lambda fused: [dense(fused, "relu") for _ in range(3)]),
+    "tanh": ((5,), lambda fused: [dense(fused, "tanh")]),
+    "3d": ((4, 5), lambda fused: [dense(fused, "selu"), keras.layers.Flatten()]),
+    "custom": ((5,), lambda fused: [dense(fused, swish)]),
+    "none": ((5,), lambda fused: [dense(fused, None)]),
+    "conv": ((8, 8, 3), lambda fused: [conv(fused, "elu"), keras.layers.Flatten()]),
+}
+
+
+def trained(net, fused, dtype="float32", jit_compile=False, change=None):
+    """Losses, weights and predictions of a small net after a few steps."""
+    keras.utils.set_random_seed(1)
+    shape, layers = NETS[net]
+    with_policy = keras.dtype_policies.DTypePolicy(dtype)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(with_policy)
+    try:
+        inputs = x = keras.Input(shape)
+        for layer in layers(fused):
+            x = layer(x)
+        outputs = keras.layers.Dense(3, dtype="float32")(x)
+        model = LBEModel(inputs, outputs, LBE_strength=0.7)
+    finally:
+        keras.config.set_dtype_policy(before)
+    if change:
+        change(model)
+    model.compile(
+        keras.optimizers.SGD(0.05),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=jit_compile,
+    )
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, *shape)).astype("float32")
+    y = rng.integers(0, 3, 40)
+    history = model.fit(x, y, batch_size=16, epochs=2, verbose=0, shuffle=False)
+    logs = model.evaluate(x, y, batch_size=16, verbose=0, return_dict=True)
+    return (
+        {**history.history, **logs},
+        model.get_weights(),
+        model.predict(x, verbose=0),
+        [w.path.split("/", 1)[1] for w in model.weights],
+    )
+
+
+def assert_same_training(one, other, tolerance):
+    for name, values in one[0].items():
+        np.testing.assert_allclose(values, other[0][name], rtol=tolerance)
+    for weights, others in zip(one[1], other[1], strict=True):
+        np.testing.assert_allclose(weights, others, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(one[2], other[2], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+@pytest.mark.parametrize("net", NETS)
+def test_layers_train_as_with_an_activity_regularizer(net, jit_compile):
+    require_native()
+    if jit_compile:
+        require_xla()
+    fused = trained(net, True, jit_compile=jit_compile)
+    plain = trained(net, False, jit_compile=jit_compile)
+    assert_same_training(fused, plain, 2e-5)
+    assert [p.replace("_lbe", "") for p in fused[3]] == plain[3]
+
+
+@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16", "float64"])
+def test_layers_in_other_precisions(dtype):
+    require_native()
+    tolerance = 1e-10 if dtype == "float64" else 2e-2
+    fused, plain = trained("dense", True, dtype), trained("dense", False, dtype)
+    assert_same_training(fused, plain, tolerance)
+
+
+def test_lora():
+    """The kernel that LoRA adds to is the one that is multiplied with."""
+    require_native()
+
+    def enable(model):
+        for layer in model.layers:
+            if isinstance(layer, keras.layers.Dense) and layer.units == 6:
+                layer.enable_lora(2)
+
+    fused, plain = (
+        trained("dense", True, change=enable),
+        trained("dense", False, change=enable),
+    )
+    assert_same_training(fused, plain, 2e-5)
+
+
+def op_types(layer, training):
+    inputs = keras.Input((5,))
+    model = LBEModel(inputs, layer(inputs))
+    function = tf.function(lambda x: model(x, training=training))
+    graph = function.get_concrete_function(tf.zeros((4, 5))).graph
+    return {op.type for op in graph.get_operations()}
+
+
+def test_where_the_epilogue_is():
+    """In training only: what is exported runs without the library."""
+    require_native()
+    in_training = op_types(Dense_LBE(6, activation="relu"), True)
+    assert "LBE>Epilogue" in in_training
+    assert not in_training & {"LBE>BatchEntropy", "Relu", "BiasAdd"}
+    assert "LBE>Epilogue" in op_types(Dense_LBE(6, activation=swish), True)
+    assert not any(t.startswith("LBE") for t in op_types(Dense_LBE(6), False))

@@ -8,12 +8,14 @@
 // several threads with those of one, bit for bit.
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -191,6 +193,94 @@ void Test(DType dtype, int64_t rows, int64_t units, double grad_tolerance) {
   }
 }
 
+// The epilogue: y of every activation, statistics of y, and a gradient that
+// adds up. Again in buffers of exactly the promised sizes.
+template <typename Element, typename Result>
+void TestEpilogue(DType dtype, int64_t rows, int64_t units, int64_t channels,
+                  double tolerance) {
+  const Formula formula = {8.5, 0.75, 1};
+  const size_t bytes = rows * units * sizeof(Element);
+  Buffer z(bytes), dy(bytes), bias(channels * sizeof(Element));
+  std::mt19937 random(2);
+  std::uniform_real_distribution<float> uniform(0.5f, 2.f);
+  // Values on either side of 0, none near it.
+  for (int64_t i = 0; i < rows * units; ++i) {
+    const float sign = random() % 2 == 0 ? 1.f : -1.f;
+    Put(sign * uniform(random), static_cast<Element*>(z.data) + i);
+    Put(uniform(random), static_cast<Element*>(dy.data) + i);
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    Put(0.125f, static_cast<Element*>(bias.data) + c);
+  }
+  const Result entropy_grad = 30;
+  const struct {
+    Activation value;
+    const char* name;
+  } activations[] = {
+#define LBE_ACTIVATION(name, keras_name) {Activation::name, keras_name},
+      LBE_FOR_EACH_ACTIVATION(LBE_ACTIVATION)
+#undef LBE_ACTIVATION
+  };
+  for (const auto& activation : activations) {
+    for (int threads : {1, 5}) {
+      const Parallel parallel = {threads, nullptr, RunOnThreads};
+      Epilogue epilogue;
+      epilogue.activation = activation.value;
+      epilogue.alpha = 0.5;
+      epilogue.bias = bias.data;
+      epilogue.channels = channels;
+      Buffer y(bytes), dz(bytes), dbias(channels * sizeof(Element));
+      Buffer mean(units * sizeof(Result)), variance(units * sizeof(Result));
+      Buffer entropy(sizeof(Result)), same_mean(units * sizeof(Result)),
+          same_variance(units * sizeof(Result)), same_entropy(sizeof(Result));
+      Buffer workspace(
+          BatchEntropyForwardCpuWorkspace(dtype, rows, units, threads));
+      EpilogueForwardCpu(parallel, dtype, z.data, epilogue, rows, units,
+                         formula, workspace.data, y.data, mean.data,
+                         variance.data, entropy.data);
+      BatchEntropyForwardCpu(parallel, dtype, y.data, rows, units, formula,
+                             workspace.data, same_mean.data, same_variance.data,
+                             same_entropy.data);
+      Check(mean == same_mean && variance == same_variance &&
+                entropy == same_entropy,
+            (std::string("statistics of y, ") + activation.name).c_str(), dtype,
+            rows, units, threads);
+      Buffer in_place(bytes);
+      std::memcpy(in_place.data, z.data, bytes);
+      EpilogueForwardCpu(parallel, dtype, in_place.data, epilogue, rows, units,
+                         formula, workspace.data, in_place.data, mean.data,
+                         variance.data, entropy.data);
+      Check(in_place == y,
+            (std::string("epilogue in place, ") + activation.name).c_str(),
+            dtype, rows, units, threads);
+      Buffer sums(EpilogueGradCpuWorkspace(dtype, epilogue, rows, units));
+      EpilogueGradCpu(parallel, dtype, dy.data, y.data, epilogue, rows, units,
+                      formula, mean.data, variance.data, &entropy_grad,
+                      sums.data, dz.data, dbias.data);
+      std::memcpy(in_place.data, dy.data, bytes);
+      EpilogueGradCpu(parallel, dtype, in_place.data, y.data, epilogue, rows,
+                      units, formula, mean.data, variance.data, &entropy_grad,
+                      sums.data, in_place.data, dbias.data);
+      Check(in_place == dz,
+            (std::string("epilogue's gradient in place, ") + activation.name)
+                .c_str(),
+            dtype, rows, units, threads);
+      for (int64_t c = 0; c < channels; ++c) {
+        double sum = 0, size = 0;
+        for (int64_t i = c; i < rows * units; i += channels) {
+          const double value = Get(static_cast<Element*>(dz.data)[i]);
+          sum += value;
+          size += std::fabs(value);
+        }
+        Check(std::fabs(Get(static_cast<Element*>(dbias.data)[c]) - sum) <=
+                  tolerance * (size + 1),
+              (std::string("gradient of the bias, ") + activation.name).c_str(),
+              dtype, rows, units, threads);
+      }
+    }
+  }
+}
+
 int Main() {
   const int64_t shapes[][2] = {{2, 1},      {3, 17},     {8, 16},
                                {9, 65},     {31, 130},   {512, 128},
@@ -201,6 +291,15 @@ int Main() {
     Test<BFloat16, float>(DType::kBFloat16, shape[0], shape[1], 1e-2);
     Test<float, float>(DType::kFloat32, shape[0], shape[1], 1e-4);
     Test<double, double>(DType::kFloat64, shape[0], shape[1], 1e-10);
+  }
+  for (const auto& shape :
+       {std::array<int64_t, 3>{65, 33, 33}, {130, 60, 5}, {700, 1100, 1100}}) {
+    const auto [rows, units, channels] = shape;
+    TestEpilogue<Half, float>(DType::kFloat16, rows, units, channels, 1e-3);
+    TestEpilogue<BFloat16, float>(DType::kBFloat16, rows, units, channels,
+                                  8e-3);
+    TestEpilogue<float, float>(DType::kFloat32, rows, units, channels, 1e-5);
+    TestEpilogue<double, double>(DType::kFloat64, rows, units, channels, 1e-13);
   }
   std::printf(
       "kernel_test (%s): %zu shapes, 4 dtypes, 1, 2 and 7 threads: %s\n",

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`AlphaVector`: what the optimizer of an `LBEModel` sees in place of its alphas.
+
+Every regularizer keeps its `lbe_alpha`, a scalar variable: that is where the value
+is, for files, for other models and for the user. One vector stands for all of them
+while a step is made, because hundreds of scalar updates cost more than the entropies:
+
+    refresh    vector <- scalars         (before the loss is made)
+    loss       reads the vector          (one gradient, one update)
+    assign     vector and scalars <- new (after the update, which Keras sees to)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from lbe_ops.regularizer import ALPHA_NAME, LBERegularizer
+
+
+class AlphaVector(keras.Variable):
+    """The `lbe_alpha` of several regularizers as one variable `[L]`.
+
+    Its own value counts from `refresh` to the end of the step only. Elements whose
+    `lbe_alpha` is not trainable get no gradient, and no optimizer moves them.
+
+    Args:
+        regularizers: whose alphas; each once.
+    """
+
+    @classmethod
+    def make(
+        cls, regularizers: Sequence[LBERegularizer], strategy: tf.distribute.Strategy
+    ) -> AlphaVector:
+        """A vector for a model of that strategy, whoever asks for it first.
+
+        That may be a function being traced, and each replica in it.
+        """
+
+        def outside_of_functions(*_: Any) -> AlphaVector:
+            with contextlib.ExitStack() as scopes:
+                scopes.enter_context(tf.init_scope())
+                if not tf.distribute.has_strategy():
+                    scopes.enter_context(strategy.scope())
+                return cls(regularizers)
+
+        replica = tf.distribute.get_replica_context()
+        if replica is None:
+            return outside_of_functions()
+        return replica.merge_call(outside_of_functions)
+
+    def __init__(self, regularizers: Sequence[LBERegularizer]) -> None:
+        super().__init__(
+            "zeros",
+            shape=(len(regularizers),),
+            dtype="float32",
+            autocast=False,
+            aggregation="only_first_replica",  # they all have the same
+            name=f"{ALPHA_NAME}s",
+        )
+        self._scalars = [regularizer.lbe_alpha for regularizer in regularizers]
+        self._index = {id(scalar): i for i, scalar in enumerate(self._scalars)}
+        # Optimizers update the tf.Variable inside. Where there is a constraint, they
+        # then assign to this variable what it makes of the new value: the value.
+        self.constraint = tf.identity
+
+    def stands_for(self, regularizers: Sequence[LBERegularizer]) -> bool:
+        """Whether it has the alphas of all these regularizers."""
+        return all(id(each.lbe_alpha) in self._index for each in regularizers)
+
+    def in_place_of_scalars(self, variables: Sequence[Any]) -> list[Any]:
+        """The variables with the vector, at the end, for the scalars among them."""
+        others = [v for v in variables if id(v) not in self._index]
+        return others if len(others) == len(variables) else [*others, self]
+
+    def assign(self, value: Any) -> Any:
+        """Sets the vector, and the scalars that are trainable."""
+        value = super().assign(value)
+        for scalar, element in zip(self._scalars, tf.unstack(value), strict=True):
+            if scalar.trainable:
+                scalar.assign(element)
+        return value
+
+    def refresh(self) -> None:
+        """Sets the vector to what the scalars are now."""
+        super().assign(tf.stack([scalar.value for scalar in self._scalars]))
+
+    def select(self, regularizers: Sequence[LBERegularizer]) -> tf.Tensor:
+        """The alphas of these regularizers, differentiable by the vector.
+
+        A regularizer may occur more than once, or not at all.
+        """
+        alphas = tf.convert_to_tensor(self.value)
+        trainable = [scalar.trainable for scalar in self._scalars]
+        if not all(trainable):
+            alphas = tf.where(trainable, alphas, tf.stop_gradient(alphas))
+        indices = [self._index[id(each.lbe_alpha)] for each in regularizers]
+        if indices == list(range(len(self._scalars))):
+            return alphas
+        # tf.gather would make the gradient sparse, which optimizers treat otherwise.
+        elements = tf.unstack(alphas)
+        return tf.stack([elements[i] for i in indices])

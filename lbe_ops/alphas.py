@@ -2,8 +2,9 @@
 """`AlphaVector`: what the optimizer of an `LBEModel` sees in place of its alphas.
 
 Every regularizer keeps its `lbe_alpha`, a scalar variable: that is where the value
-is, for files, for other models and for the user. One vector stands for all of them
-while a step is made, because hundreds of scalar updates cost more than the entropies:
+is, for files, for the user, for other models and functions that were traced before.
+One vector stands for all of them during a step, because hundreds of scalar updates
+(and their slots) cost more than the entropies:
 
     refresh    vector <- scalars         (before the loss is made)
     loss       reads the vector          (one gradient, one update)
@@ -13,7 +14,7 @@ while a step is made, because hundreds of scalar updates cost more than the entr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -41,17 +42,14 @@ class AlphaVector(keras.Variable):
         That may be a function being traced, and each replica in it.
         """
 
-        def outside_of_functions(*_: Any) -> AlphaVector:
+        def create(_: tf.distribute.Strategy) -> AlphaVector:
             with contextlib.ExitStack() as scopes:
                 scopes.enter_context(tf.init_scope())
                 if not tf.distribute.has_strategy():
                     scopes.enter_context(strategy.scope())
                 return cls(regularizers)
 
-        replica = tf.distribute.get_replica_context()
-        if replica is None:
-            return outside_of_functions()
-        return replica.merge_call(outside_of_functions)
+        return _for_all_replicas(create)
 
     def __init__(self, regularizers: Sequence[LBERegularizer]) -> None:
         super().__init__(
@@ -80,9 +78,15 @@ class AlphaVector(keras.Variable):
     def assign(self, value: Any) -> Any:
         """Sets the vector, and the scalars that are trainable."""
         value = super().assign(value)
-        for scalar, element in zip(self._scalars, tf.unstack(value), strict=True):
-            if scalar.trainable:
-                scalar.assign(element)
+
+        def pass_on(strategy: tf.distribute.Strategy, elements: list[Any]) -> None:
+            for scalar, element in zip(self._scalars, elements, strict=True):
+                if scalar.trainable:
+                    strategy.extended.update(
+                        scalar.value, _assign, args=(element,), group=False
+                    )
+
+        _for_all_replicas(pass_on, tf.unstack(value))
         return value
 
     def refresh(self) -> None:
@@ -104,3 +108,15 @@ class AlphaVector(keras.Variable):
         # tf.gather would make the gradient sparse, which optimizers treat otherwise.
         elements = tf.unstack(alphas)
         return tf.stack([elements[i] for i in indices])
+
+
+def _assign(variable: tf.Variable, value: tf.Tensor) -> None:
+    variable.assign(value)
+
+
+def _for_all_replicas(function: Callable[..., Any], *args: Any) -> Any:
+    """function(strategy, *args) once for all replicas, whichever of them call this."""
+    replica = tf.distribute.get_replica_context()
+    if replica is None:
+        return function(tf.distribute.get_strategy(), *args)
+    return replica.merge_call(function, args)

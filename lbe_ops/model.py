@@ -63,6 +63,15 @@ class LBEModel(keras.Model):
     outputs of `model(x, training=True)`, passed to `model.compute_loss` as they are.
     It is absent from `predict`, from plain calls and from exported models.
 
+    Every `lbe_alpha` stays a weight of its regularizer, to read, to assign and in
+    files. The optimizer sees one vector of them, the last of `trainable_variables`:
+    differentiate these in loops of your own. What an optimizer takes from a variable
+    as a whole, it takes from the vector: the norm of `clipnorm` (`global_clipnorm`
+    and `clipvalue` make no difference), of `Lamb` and of `Adafactor`. A step without
+    an alpha's layer gives it a gradient of zero, and momentum still moves it.
+    `SwapEMAWeights` swaps the other weights only; at its end, `fit` sets alpha to its
+    average too.
+
     Logs beside `loss` and the compiled metrics: `ce` (the compiled loss alone), `lbe`
     (`mean_l(LBE_l) * CE`, without the strength) and `max_lbe` (`max_l(LBE_l) * CE`).
 
@@ -130,20 +139,21 @@ class LBEModel(keras.Model):
 
     @property
     def trainable_variables(self) -> list[keras.Variable]:
-        """Those of Keras, with one vector at the end for every `lbe_alpha`.
+        """Those of Keras, with one vector at the end in place of every `lbe_alpha`.
 
-        Optimize these: see `lbe_ops.alphas`. The scalars are in `weights`.
+        See `lbe_ops.alphas`. The scalars are in `weights`.
         """
         return self._with_alpha_vector(super().trainable_variables)
 
     @property
     def trainable_weights(self) -> list[keras.Variable]:
-        """The same as `trainable_variables`, but for metrics and random seeds."""
+        """The same, but for metrics and random seeds."""
         return self._with_alpha_vector(super().trainable_weights)
 
     def _with_alpha_vector(self, variables: list[Any]) -> list[Any]:
-        one_by_one = not variables or _one_by_one.get()
-        vector = None if one_by_one else self._alphas()
+        if not variables or _one_by_one.get():
+            return variables
+        vector = self._alphas()
         return variables if vector is None else vector.in_place_of_scalars(variables)
 
     def _alphas(self) -> AlphaVector | None:
@@ -211,7 +221,7 @@ class LBEModel(keras.Model):
                 output._lbe_record = record
         return outputs
 
-    @functools.wraps(keras.Model.fit)
+    @functools.wraps(keras.Model.fit)  # and its documentation
     def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         history = super().fit(*args, **kwargs)
         if self._alpha_vector is not None and _averages(self.optimizer):
@@ -221,6 +231,7 @@ class LBEModel(keras.Model):
 
     @functools.wraps(keras.Model.get_state_tree)
     def get_state_tree(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # The vector is out of date between steps.
         with _set(_one_by_one):
             return super().get_state_tree(*args, **kwargs)
 

@@ -201,15 +201,13 @@ class LBERegularizer(keras.layers.Layer):
         self.formula = ops.check_formula(ddof, scale, offset)
         self.native = native
         # Made here and not in build(): a Functional model lists its variables before
-        # its first call. autocast=False: float32 in mixed precision too. aggregation:
-        # `AlphaVector` assigns it in every replica, the same value.
+        # its first call. autocast=False: float32 in mixed precision too.
         self.lbe_alpha = self.add_weight(
             name=ALPHA_NAME,
             shape=(),
             initializer=keras.initializers.Constant(float(lbe_alpha)),
             dtype="float32",
             autocast=False,
-            aggregation="only_first_replica",
         )
         self.built = True
 

@@ -77,7 +77,8 @@ class AlphaVector(keras.Variable):
 
     def assign(self, value: Any) -> Any:
         """Sets the vector, and the scalars that are trainable."""
-        value = super().assign(value)
+        value = keras.ops.convert_to_tensor(value, dtype=self.dtype)
+        super().assign(value)
 
         def pass_on(strategy: tf.distribute.Strategy, elements: list[Any]) -> None:
             for scalar, element in zip(self._scalars, elements, strict=True):

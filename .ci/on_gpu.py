@@ -4,12 +4,13 @@
     python3 .ci/on_gpu.py test [arguments of pytest]
     python3 .ci/on_gpu.py bench [arguments of benchmarks/bench_gpu.py]
 
-Takes what is installed: CMake, Ninja, nvcc and pybind11; TensorFlow's ops only where
-TensorFlow is. No virtual environment and no download, since GPU machines may reach no
-package registry.
+Takes what is installed, and names in one line what it needs and does not find; builds
+TensorFlow's ops only where TensorFlow is. No virtual environment and no download, since
+GPU machines may reach no package registry.
 """
 
 import ctypes
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -21,9 +22,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
 SITE = BUILD / "site"
 # In tests/, where `import lbe_ops` cannot mean the source folder.
+# The experiments have no test for GPUs, and need matplotlib.
+PYTEST = ["-m", "pytest", "-m", "gpu", "-rs", "--ignore=test_experiments.py"]
 COMMANDS = {
-    "test": (ROOT / "tests", ["-m", "pytest", "-m", "gpu", "-rs"]),
+    "test": (ROOT / "tests", PYTEST),
     "bench": (ROOT, [ROOT / "benchmarks" / "bench_gpu.py"]),
+}
+# What each cannot do without, by the names of the modules.
+MODULES = {
+    "test": ["pybind11", "numpy", "pytest", "hypothesis", "ml_dtypes"],
+    "bench": ["pybind11", "numpy", "torch"],
 }
 
 
@@ -41,11 +49,30 @@ def missing_gpu() -> str:
     return "" if count.value > 0 else "the NVIDIA driver knows of none"
 
 
-def build() -> None:
-    path = os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")])
-    for tool in ("cmake", "ninja"):
-        if shutil.which(tool, path=path) is None:
-            sys.exit(f"error: {tool} is missing: pip install {tool}")
+def missing_requirements(command: str, path: str) -> list[str]:
+    missing = [tool for tool in ("cmake", "ninja") if not shutil.which(tool, path=path)]
+    return missing + [
+        name for name in MODULES[command] if importlib.util.find_spec(name) is None
+    ]
+
+
+def untested() -> list[str]:
+    """What the tests of a build leave out on this machine, and why."""
+    if not (SITE / "lbe_ops" / "libtf_ops.so").exists():
+        return [f"TensorFlow's op: {sys.executable} cannot import tensorflow"]
+    lines = []
+    script = "import sys, tensorflow as tf; sys.exit(not tf.test.is_built_with_cuda())"
+    if subprocess.run([sys.executable, "-c", script], check=False).returncode != 0:
+        lines.append("TensorFlow's op on the GPU: a TensorFlow without GPU support")
+    if not (SITE / "lbe_ops" / "libxla_ops.so").exists():
+        lines.append(
+            "the op under XLA: built without libxla_ops.so, which needs "
+            "sudo apt-get install -y libhighwayhash-dev libfarmhash-dev"
+        )
+    return lines
+
+
+def build(path: str) -> None:
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.copytree(
         ROOT / "lbe_ops", SITE / "lbe_ops", ignore=shutil.ignore_patterns("*.so")
@@ -70,7 +97,11 @@ def main(arguments: list[str]) -> int:
     reason = missing_gpu()
     if reason:
         sys.exit(f"no GPU: {reason}")
-    build()
+    path = os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")])
+    missing = missing_requirements(arguments[0], path)
+    if missing:
+        sys.exit(f"error: {sys.executable} lacks: pip install {' '.join(missing)}")
+    build(path)
     folder, command = COMMANDS[arguments[0]]
     known = os.environ.get("PYTHONPATH")
     env = {
@@ -78,9 +109,21 @@ def main(arguments: list[str]) -> int:
         "LBE_REQUIRE_GPU": "1",
         "PYTHONPATH": os.pathsep.join([str(SITE), *([known] if known else [])]),
     }
-    return subprocess.run(
+    left_out = []
+    if arguments[0] == "test":
+        left_out = [f"NOT TESTED: {what}" for what in untested()]
+        env["LBE_REQUIRE_NATIVE"] = "1"
+        if (SITE / "lbe_ops" / "libxla_ops.so").exists():
+            env["LBE_REQUIRE_XLA"] = "1"
+    # Before the tests, for who waits; and after, where it is read.
+    for line in left_out:
+        print(line, flush=True)
+    status = subprocess.run(
         [sys.executable, *command, *arguments[1:]], cwd=folder, env=env, check=False
     ).returncode
+    for line in left_out:
+        print(line)
+    return status
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark leaves behind: results.json, table.md and plot.png."""
+"""What a benchmark leaves behind: results.json, table.md and plot.png.
+
+Without rich, the table is printed as Markdown; without matplotlib, there is no plot.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,19 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
-from rich.console import Console
-from rich.table import Table
+# A GPU machine may have neither, and reach no package registry.
+try:
+    import matplotlib
 
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+except ImportError:
+    plt = None
+try:
+    from rich.console import Console
+    from rich.table import Table
+except ImportError:
+    Console = Table = None
 
 Results = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -147,6 +157,7 @@ def gpu_notes(results: Results) -> list[str]:
     gpu, build = results["gpu"], results["build"]
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     copied = [row["memory_GB_per_s"]["copy"] for row in results["rows"]]
+    read = [row["large_read_GB_per_s"] for row in results["rows"]]
     return [
         f"{gpu['name']}, driver for CUDA {gpu.get('driver', 'none')}; built with "
         f"{build['cuda']}; {versions}. Command: {' '.join(results['command'])}",
@@ -154,11 +165,14 @@ def gpu_notes(results: Results) -> list[str]:
         f"{results['rounds']} rounds. Fused is replayed as a CUDA graph, fused eager "
         "launched from Python call by call; torch by events on its stream, JAX and "
         "TensorFlow by the host's clock, their calls included. The L2 cache holds "
-        "nothing of the tensors before each turn.",
+        "nothing of the tensors before each turn; in forward+gradient, the gradient "
+        "may find there what the forward pass has read.",
         f"Copies of 1 GiB, in turn with the variants: {min(copied):.0f} to "
         f"{max(copied):.0f} GB/s, reads and writes counted. GB/s of fused: x read once "
         "for forward; x read and dx written for gradient. Beside it, its share of what "
-        "such copies reach, and copies of the tensor's own size.",
+        "such copies reach, and copies of the tensor's own size. A forward pass, which "
+        "only reads, is judged by copies as well; PyTorch's sum read 1 GiB at "
+        f"{min(read):.0f} to {max(read):.0f} GB/s.",
     ]
 
 
@@ -205,27 +219,35 @@ def finish(
     notes: Sequence[str],
     judged_targets: Sequence[tuple[str, str, bool]],
 ) -> None:
-    """Prints the table, notes and targets; writes table.md and plot.png."""
+    """Prints the table, notes and targets; writes table.md and plot.png if it can."""
     notes = [*notes, *_skipped(results)]
     header, body = _cells(results)
     title = f"Batch entropy, {results['rows'][0]['dtype']}"
-    table = Table(title=title)
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index < 2 else "right")
-    for cells in body:
-        table.add_row(*cells)
-    Console(width=max(120, 22 * len(header))).print(table)
+    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *body]
+    markdown = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    if Table is None:
+        print(f"{title}\n\n{markdown}\n")
+    else:
+        table = Table(title=title)
+        for index, name in enumerate(header):
+            table.add_column(name, justify="left" if index < 2 else "right")
+        for cells in body:
+            table.add_row(*cells)
+        Console(width=max(120, 22 * len(header))).print(table)
     judged = [
         f"{'met   ' if enough else 'missed'}  {target}: {found}"
         for target, found, enough in judged_targets
     ]
     print("\n".join([*notes, *judged]))
-    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *body]
-    markdown = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     text = "\n\n".join([markdown, *notes, *judged]) + "\n"
     _replace(folder / "table.md", lambda path: path.write_text(text))
-    _replace(folder / "plot.png", lambda path: _plot(results["rows"], path))
-    print(f"Results, table and plot: {folder}")
+    plot = folder / "plot.png"
+    if plt is None:
+        plot.unlink(missing_ok=True)  # that of an earlier run
+        print("No plot: pip install matplotlib")
+    else:
+        _replace(plot, lambda path: _plot(results["rows"], path))
+    print(f"Results: {folder}")
 
 
 def _plot(rows: Sequence[Row], path: pathlib.Path) -> None:

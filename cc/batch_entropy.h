@@ -109,19 +109,23 @@ LBE_MATH int64_t LeftLeaves(int64_t leaves) {
   return p;
 }
 
-// The integers, scalar or vector, with as many bits as V, and their conversion
-// to V. Callers specialize it for their vectors.
+// The unsigned integers, scalar or vector, with as many bits as V, and their
+// conversion to V as signed ones. Callers specialize it for their vectors.
 template <typename V>
 struct Integers;
 template <>
 struct Integers<float> {
-  using type = int32_t;
-  LBE_MATH float Convert(type k) { return static_cast<float>(k); }
+  using type = uint32_t;
+  LBE_MATH float Convert(type k) {
+    return static_cast<float>(static_cast<int32_t>(k));
+  }
 };
 template <>
 struct Integers<double> {
-  using type = int64_t;
-  LBE_MATH double Convert(type k) { return static_cast<double>(k); }
+  using type = uint64_t;
+  LBE_MATH double Convert(type k) {
+    return static_cast<double>(static_cast<int64_t>(k));
+  }
 };
 
 template <typename To, typename From>
@@ -138,15 +142,15 @@ struct Ieee;
 template <>
 struct Ieee<float> {
   static constexpr int kMantissaBits = 23;
-  static constexpr int32_t kOne = 0x3f800000;
-  static constexpr int32_t kSqrtHalf = 0x3f3504f3;
+  static constexpr uint32_t kOne = 0x3f800000;
+  static constexpr uint32_t kSqrtHalf = 0x3f3504f3;
   static constexpr int kTerms = 5;  // z^5 / 11 < 3e-9
 };
 template <>
 struct Ieee<double> {
   static constexpr int kMantissaBits = 52;
-  static constexpr int64_t kOne = 0x3ff0000000000000;
-  static constexpr int64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
+  static constexpr uint64_t kOne = 0x3ff0000000000000;
+  static constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
   static constexpr int kTerms = 10;  // z^10 / 21 < 3e-17
 };
 

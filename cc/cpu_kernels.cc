@@ -26,22 +26,23 @@ typedef double DoubleLine __attribute__((vector_size(kLineBytes)));
 typedef int32_t Int32Line __attribute__((vector_size(kLineBytes)));
 typedef int64_t Int64Line __attribute__((vector_size(kLineBytes)));
 typedef uint32_t Uint32Line __attribute__((vector_size(kLineBytes)));
+typedef uint64_t Uint64Line __attribute__((vector_size(kLineBytes)));
 typedef uint16_t Uint16Line __attribute__((vector_size(kLineBytes / 2)));
 
 }  // namespace
 
 template <>
 struct Integers<FloatLine> {
-  using type = Int32Line;
+  using type = Uint32Line;
   LBE_MATH FloatLine Convert(const type& k) {
-    return __builtin_convertvector(k, FloatLine);
+    return __builtin_convertvector(BitCast<Int32Line>(k), FloatLine);
   }
 };
 template <>
 struct Integers<DoubleLine> {
-  using type = Int64Line;
+  using type = Uint64Line;
   LBE_MATH DoubleLine Convert(const type& k) {
-    return __builtin_convertvector(k, DoubleLine);
+    return __builtin_convertvector(BitCast<Int64Line>(k), DoubleLine);
   }
 };
 

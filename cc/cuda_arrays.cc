@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "batch.h"
 
@@ -249,17 +250,23 @@ class CudaArray {
     const py::array array =
         py::module_::import("numpy").attr("ascontiguousarray")(values).attr(
             "reshape")(py::module_::import("numpy").attr("shape")(values));
+    // Not objects, whose addresses mean nothing there, nor text.
+    if (std::string("biufV").find(array.dtype().kind()) == std::string::npos) {
+      throw py::type_error("array must hold numbers. Received: dtype " +
+                           std::string(py::str(array.dtype())));
+    }
     const uintptr_t number = StreamNumber(stream);
     int device = 0;
     Check(cudaGetDevice(&device), "cudaGetDevice");
     auto copy = std::make_unique<CudaArray>(
         Shape(array.shape(), array.shape() + array.ndim()), array.dtype(),
         array.dtype().attr("str").cast<std::string>(), device, number);
-    // From pageable memory, the copy has left it when the call returns.
     if (array.nbytes() > 0) {
       Check(cudaMemcpyAsync(copy->memory_.data(), array.data(), array.nbytes(),
                             cudaMemcpyHostToDevice, Stream(number)),
             "cudaMemcpyAsync");
+      // The array may be gone when the call has returned.
+      Check(cudaStreamSynchronize(Stream(number)), "cudaStreamSynchronize");
     }
     return copy;
   }
@@ -316,7 +323,9 @@ py::object NumPyDType(const py::object& x, const View& view) {
   return py::module_::import("numpy").attr("dtype")(view.typestr);
 }
 
-// One call on the arrays' device and on a stream that waits for them.
+// One call on the arrays' device and on a stream that waits for theirs. Theirs
+// wait for it, too: what is read from an array or done with its memory
+// afterwards, in the order of its own stream, comes after the call.
 class Call {
  public:
   Call(std::initializer_list<const View*> arrays, const CudaOptions& options)
@@ -329,8 +338,16 @@ class Call {
                             std::to_string(options.blocks));
     }
     for (const View* array : arrays) {
-      if (array != nullptr) WaitFor(*array);
+      if (array == nullptr || !array->stream) continue;
+      if (*array->stream == stream_) continue;
+      others_.push_back(*array->stream);
+      Order(*array->stream, stream_);
     }
+  }
+
+  // To be called after the last launch.
+  void Done() const {
+    for (const uintptr_t other : others_) Order(stream_, other);
   }
 
   uintptr_t stream() const { return stream_; }
@@ -365,17 +382,18 @@ class Call {
     return device;
   }
 
-  void WaitFor(const View& array) const {
-    if (!array.stream || *array.stream == stream_) return;
+  // What comes next in `after` waits for what is in `before` now.
+  static void Order(uintptr_t before, uintptr_t after) {
     cudaEvent_t event;
     Check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming),
           "cudaEventCreateWithFlags");
-    int error = cudaEventRecord(event, Stream(*array.stream));
-    if (error == 0) error = cudaStreamWaitEvent(Stream(stream_), event, 0);
+    int error = cudaEventRecord(event, Stream(before));
+    if (error == 0) error = cudaStreamWaitEvent(Stream(after), event, 0);
     cudaEventDestroy(event);
     Check(error, "waiting for the stream of an array");
   }
 
+  std::vector<uintptr_t> others_;
   uintptr_t stream_;
   int device_;
   OnDevice guard_;
@@ -399,41 +417,30 @@ const void* Data(const std::optional<View>& view) {
 class EntropyGrad {
  public:
   EntropyGrad(const py::object& value, const Batch& batch)
-      : typestr_(ResultTypestr(batch)) {
+      : dtype_(batch.dtype) {
     if (py::hasattr(value, "__cuda_array_interface__")) {
       array_.emplace(value, "entropy_grad");
-      array_->CheckIs({}, typestr_, "the form of the entropy");
+      array_->CheckIs({}, ResultTypestr(batch), "the form of the entropy");
       return;
     }
-    const double number = PyFloat_AsDouble(value.ptr());
+    number_ = PyFloat_AsDouble(value.ptr());
     if (PyErr_Occurred()) throw py::error_already_set();
-    SetScalar(batch.dtype, number, host_);
   }
 
   const View* array() const { return Address(array_); }
 
   const void* OnStream(const Call& call) {
     if (array_) return array_->data;
-    cudaStreamCaptureStatus status;
-    Check(cudaStreamIsCapturing(Stream(call.stream()), &status),
-          "cudaStreamIsCapturing");
-    if (status != cudaStreamCaptureStatusNone) {
-      throw py::value_error(
-          "a CUDA graph cannot hold a number of the caller's: pass "
-          "entropy_grad "
-          "as a CUDA array while the stream is captured");
-    }
-    copy_.emplace(sizeof(host_), call.device(), call.stream());
-    Check(cudaMemcpyAsync(copy_->data(), host_, ItemSize(typestr_),
-                          cudaMemcpyHostToDevice, Stream(call.stream())),
-          "cudaMemcpyAsync");
+    copy_.emplace(sizeof(double), call.device(), call.stream());
+    Check(SetScalarCuda(Stream(call.stream()), dtype_, number_, copy_->data()),
+          "writing entropy_grad");
     return copy_->data();
   }
 
  private:
-  const char* typestr_;
+  const DType dtype_;
   std::optional<View> array_;
-  alignas(8) char host_[8] = {};
+  double number_ = 0;
   std::optional<Memory> copy_;
 };
 
@@ -502,6 +509,7 @@ py::tuple CudaForward(const py::object& x, const Formula& formula,
                                 data[1], data[2], data[0], nullptr,
                                 options.blocks),
         "batch_entropy");
+  call.Done();
   return py::make_tuple(results[0], results[1], results[2]);
 }
 
@@ -547,6 +555,7 @@ py::object CudaGradient(const py::object& x, const py::object& mean,
                              Data(mean_grads), Data(variance_grads), data,
                              options.blocks),
         "batch_entropy_grad");
+  call.Done();
   return result;
 }
 

@@ -120,6 +120,9 @@ int BatchEntropyGradCuda(void* stream, DType dtype, const void* x, int64_t rows,
 // Writes zeros.
 int SetZeroCuda(void* stream, void* data, int64_t bytes);
 
+// SetScalar in the order of the stream.
+int SetScalarCuda(void* stream, DType dtype, double value, void* scalar);
+
 // What went wrong and what to do about it. Static text.
 const char* CudaErrorMessage(int error);
 

@@ -302,7 +302,6 @@ py::dict BuildInfo() {
   info["build_type"] = LBE_BUILD_TYPE;
   info["simd"] = "baseline avx2 avx512";
   info["cuda"] = LBE_CUDA_TARGETS;
-  info["xla"] = "no";
   return info;
 }
 

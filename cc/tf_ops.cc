@@ -24,6 +24,18 @@
 extern "C" const char kLbeOpsMarker[] __attribute__((used)) =
     "lbe_ops was built for TensorFlow " LBE_TENSORFLOW_VERSION ";";
 
+// Why the ops cannot run on this machine's GPU, or "". native.py asks it where
+// TensorFlow sees a GPU: without an answer TensorFlow would move every layer's
+// activations to the CPU and back.
+extern "C" __attribute__((visibility("default"))) const char* LbeGpuProblem() {
+#ifdef LBE_CUDA
+  const int error = lbe::DescribeCuda().error;
+  return error == 0 ? "" : lbe::CudaErrorMessage(error);
+#else
+  return "it was built without CUDA: put nvcc into PATH";
+#endif
+}
+
 namespace lbe {
 namespace {
 

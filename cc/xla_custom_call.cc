@@ -9,9 +9,9 @@
 #include "xla_custom_call.h"
 
 #include <algorithm>
+#include <charconv>
 #include <condition_variable>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -92,15 +92,30 @@ void Run(void* pool, int workers, void (*body)(void*), void* argument) {
   fork->idle.wait(lock, [&] { return fork->running == 0; });
 }
 
-ffi::Error OnHost(ffi::ThreadPool threads, int64_t dtype, int64_t ddof,
-                  double scale, double offset, int64_t cut, ffi::AnyBuffer x,
-                  Result entropy, Result mean, Result variance, Result valid,
-                  Result workspace) {
+// The program's dtype, which this file wrote, unless another version did.
+bool IsDType(int64_t dtype) {
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
+  if (dtype == static_cast<int64_t>(DType::name)) return true;
+  LBE_FOR_EACH_DTYPE(LBE_DTYPE)
+#undef LBE_DTYPE
+  return false;
+}
+
+ffi::Error UnknownDType(int64_t dtype) {
+  return ffi::Error::InvalidArgument("lbe_batch_entropy has no dtype " +
+                                     std::to_string(dtype));
+}
+
+ffi::Error OnHost(ffi::ThreadPool pool_threads, int64_t dtype, int64_t ddof,
+                  double scale, double offset, int64_t threads,
+                  ffi::AnyBuffer x, Result entropy, Result mean,
+                  Result variance, Result valid, Result workspace) {
+  if (!IsDType(dtype)) return UnknownDType(dtype);
   const DType type = static_cast<DType>(dtype);
   const Sizes sizes(x);
-  Pool pool{threads, static_cast<int>(threads.num_threads())};
-  // `cut` and not the size of the pool: the workspace was made for it.
-  const Parallel parallel{static_cast<int>(cut), &pool, Run};
+  Pool pool{pool_threads, static_cast<int>(pool_threads.num_threads())};
+  // `threads` and not the size of the pool: the workspace was made for it.
+  const Parallel parallel{static_cast<int>(threads), &pool, Run};
   BatchEntropyForwardCpu(parallel, type, x.untyped_data(), sizes.rows,
                          sizes.units, Formula{scale, offset, ddof},
                          Aligned(workspace), mean->untyped_data(),
@@ -111,9 +126,10 @@ ffi::Error OnHost(ffi::ThreadPool threads, int64_t dtype, int64_t ddof,
 
 #ifdef LBE_CUDA
 ffi::Error OnCuda(void* stream, int64_t dtype, int64_t ddof, double scale,
-                  double offset, int64_t /*cut*/, ffi::AnyBuffer x,
+                  double offset, int64_t /*threads*/, ffi::AnyBuffer x,
                   Result entropy, Result mean, Result variance, Result valid,
                   Result workspace) {
+  if (!IsDType(dtype)) return UnknownDType(dtype);
   const Sizes sizes(x);
   const int error = BatchEntropyForwardCuda(
       stream, static_cast<DType>(dtype), x.untyped_data(), sizes.rows,
@@ -200,16 +216,19 @@ int64_t CustomCallWorkspace(Platform platform, const CustomCallOptions& options,
 }
 
 std::string CustomCallConfig(const CustomCallOptions& options) {
-  char text[256];
-  // 17 digits are a double; MLIR wants a point in each.
-  std::snprintf(text, sizeof(text),
-                "{dtype = %d : i64, ddof = %lld : i64, scale = %.16e : f64, "
-                "offset = %.16e : f64, threads = %lld : i64}",
-                static_cast<int>(options.dtype),
-                static_cast<long long>(options.formula.ddof),
-                options.formula.scale, options.formula.offset,
-                static_cast<long long>(options.threads));
-  return text;
+  // 17 digits are a double; with a point in each, whatever the locale: MLIR
+  // wants it.
+  const auto text = [](double value) {
+    char digits[32];
+    const auto end = std::to_chars(digits, digits + sizeof(digits), value,
+                                   std::chars_format::scientific, 16);
+    return std::string(digits, end.ptr);
+  };
+  return "{dtype = " + std::to_string(static_cast<int>(options.dtype)) +
+         " : i64, ddof = " + std::to_string(options.formula.ddof) +
+         " : i64, scale = " + text(options.formula.scale) +
+         " : f64, offset = " + text(options.formula.offset) +
+         " : f64, threads = " + std::to_string(options.threads) + " : i64}";
 }
 
 }  // namespace lbe

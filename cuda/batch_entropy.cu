@@ -516,6 +516,11 @@ __global__ void __launch_bounds__(kThreads)
   SumGroups(units, results);
 }
 
+template <typename Scalar>
+__global__ void Write(Scalar value, Scalar* to) {
+  *to = value;
+}
+
 template <typename Element>
 struct GradientArguments {
   using Scalar = typename Numbers<Element>::Scalar;
@@ -725,6 +730,15 @@ int WithVector(int64_t units, const void* x, const void* dx, const Body& body) {
   return body(std::integral_constant<int, 1>());
 }
 
+// Runs `launch` and says whether that launch failed, and not a call before it:
+// CUDA keeps an error until it is asked for.
+template <typename Launch>
+int Launched(const Launch& launch) {
+  cudaGetLastError();
+  launch();
+  return cudaGetLastError();
+}
+
 template <typename Element>
 int Forward(cudaStream_t stream, const void* x, const Cut& cut,
             const Formula& formula, void* workspace, void* mean, void* variance,
@@ -749,22 +763,25 @@ int Forward(cudaStream_t stream, const void* x, const Cut& cut,
   };
   const unsigned blocks = static_cast<unsigned>(cut.tiles * cut.splits);
   const int error =
-      WithVector<Element>(cut.units, x, nullptr, [&](auto vector) -> int {
-        LBE_LAUNCH((Statistics<Element, vector.value>), blocks, kThreads,
-                   stream, static_cast<const Element*>(x), cut, results,
-                   partials);
-        return cudaGetLastError();
+      WithVector<Element>(cut.units, x, nullptr, [&](auto vector) {
+        return Launched([&] {
+          LBE_LAUNCH((Statistics<Element, vector.value>), blocks, kThreads,
+                     stream, static_cast<const Element*>(x), cut, results,
+                     partials);
+        });
       });
   if (error != cudaSuccess || blocks == 1) return error;
   if (cut.splits == 1) {
-    LBE_LAUNCH(Sum<Scalar>, 1, kThreads, stream, cut.units, results);
-  } else {
-    const Cut merge = CutMerge(cut);
+    return Launched([&] {
+      LBE_LAUNCH(Sum<Scalar>, 1, kThreads, stream, cut.units, results);
+    });
+  }
+  const Cut merge = CutMerge(cut);
+  return Launched([&] {
     LBE_LAUNCH(MergeSplits<Scalar>, static_cast<unsigned>(merge.tiles),
                kThreads, stream, merge, cut.block_rows(),
                merge.run_rows / cut.block_rows(), results, partials);
-  }
-  return cudaGetLastError();
+  });
 }
 
 template <typename Element>
@@ -785,16 +802,17 @@ int Backward(cudaStream_t stream, const void* x, const Cut& cut,
       GradientFactorsOf<Scalar>(cut.rows, cut.units, formula),
   };
   const unsigned blocks = static_cast<unsigned>(cut.tiles * cut.splits);
-  return WithVector<Element>(cut.units, x, dx, [&](auto vector) -> int {
+  return WithVector<Element>(cut.units, x, dx, [&](auto vector) {
     constexpr int kVector = vector.value;
-    if (mean_grad != nullptr) {
-      LBE_LAUNCH((Gradient<Element, kVector, true>), blocks, kThreads, stream,
-                 arguments, cut);
-    } else {
-      LBE_LAUNCH((Gradient<Element, kVector, false>), blocks, kThreads, stream,
-                 arguments, cut);
-    }
-    return cudaGetLastError();
+    return Launched([&] {
+      if (mean_grad != nullptr) {
+        LBE_LAUNCH((Gradient<Element, kVector, true>), blocks, kThreads, stream,
+                   arguments, cut);
+      } else {
+        LBE_LAUNCH((Gradient<Element, kVector, false>), blocks, kThreads,
+                   stream, arguments, cut);
+      }
+    });
   });
 }
 
@@ -853,7 +871,22 @@ int BatchEntropyGradCuda(void* stream, DType dtype, const void* x, int64_t rows,
 }
 
 int SetZeroCuda(void* stream, void* data, int64_t bytes) {
+  if (bytes == 0) return cudaSuccess;
   return cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream));
+}
+
+int SetScalarCuda(void* stream, DType dtype, double value, void* scalar) {
+  switch (dtype) {
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name)       \
+  case DType::name:                                                         \
+    return Launched([&] {                                                   \
+      LBE_LAUNCH(Write<result>, 1, 1, static_cast<cudaStream_t>(stream),    \
+                 static_cast<result>(value), static_cast<result*>(scalar)); \
+    });
+    LBE_FOR_EACH_DTYPE(LBE_DTYPE)
+#undef LBE_DTYPE
+  }
+  return cudaErrorInvalidValue;
 }
 
 const char* CudaErrorMessage(int error) {

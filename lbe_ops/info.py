@@ -43,7 +43,6 @@ def collect() -> dict[str, str | dict[str, str]]:
     else:
         numpy, build, simd = "yes", module.build_info(), module.simd_level()
         gpu = _describe_gpu(module.cuda_system())
-    build.pop("xla", None)  # a library of its own, which may not be there
     if loaded.xla_reason:
         xla = f"no: {loaded.xla_reason}"
     else:

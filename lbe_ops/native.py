@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import ctypes
 import dataclasses
 import functools
 import os
@@ -123,7 +124,7 @@ def select(native: bool | None = None) -> types.ModuleType | None:
     if mode is False:
         return None
     loaded = load()
-    reason = loaded.reason or _unusable_here(loaded)
+    reason = loaded.reason or _gpu_reason() or _unusable_here(loaded)
     if not reason:
         return loaded.ops
     if mode:
@@ -132,6 +133,29 @@ def select(native: bool | None = None) -> types.ModuleType | None:
             f"{ENVIRONMENT_VARIABLE}) to fall back to plain TensorFlow."
         )
     return None
+
+
+def _gpu_reason() -> str:
+    """Why a loaded library cannot serve the GPU that TensorFlow sees, or ''.
+
+    TensorFlow would run the op on the CPU then, and copy every layer's activations
+    there and back, without a word.
+    """
+    if tf.config.get_visible_devices("GPU"):
+        return _gpu_problem()
+    return ""
+
+
+@functools.lru_cache(maxsize=1)
+def _gpu_problem() -> str:
+    ask = ctypes.CDLL(os.fspath(LIBRARY_PATH)).LbeGpuProblem
+    ask.restype = ctypes.c_char_p
+    problem = ask().decode()
+    if not problem:
+        return ""
+    problem = f"lbe_ops cannot use the GPU that TensorFlow sees: {problem}."
+    _warn(f"lbe_ops falls back to plain TensorFlow: {problem}")
+    return problem
 
 
 def _unusable_here(loaded: Native) -> str:
@@ -153,7 +177,7 @@ def compiles(native: bool | None = None) -> bool:
     if requested_mode(native) is False:
         return True
     loaded = load()
-    return loaded.ops is None or not loaded.xla_reason
+    return loaded.ops is None or not loaded.xla_reason or bool(_gpu_reason())
 
 
 def built_for(path: pathlib.Path) -> str | None:
@@ -207,7 +231,9 @@ def _load() -> Native:
     if reason:
         _warn(f"lbe_ops has no native op under XLA (jit_compile=True): {reason}")
         return Native(ops, "", reason)
-    return Native(ops, "", "", bool(_CUSTOM_CALL.search(path.read_bytes())))
+    custom_call = _CUSTOM_CALL.search(path.read_bytes())
+    wanted = os.environ.get("LBE_OPS_XLA_CUSTOM_CALL") != "0"
+    return Native(ops, "", "", wanted and custom_call is not None)
 
 
 def _open(path: pathlib.Path, load: Callable[[str], Any]) -> tuple[Any, str]:

@@ -13,6 +13,8 @@ import sysconfig
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# TensorFlow must leave memory of the GPU to PyTorch and to other processes.
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 import hypothesis
 import numpy as np
@@ -94,8 +96,35 @@ def import_numpy_module():
 def missing_gpu(reason):
     """Skips where there is no GPU to test; fails where LBE_REQUIRE_GPU=1."""
     if os.environ.get("LBE_REQUIRE_GPU") == "1":
-        pytest.fail(f"LBE_REQUIRE_GPU=1, but {reason}")
+        pytest.fail(f"LBE_REQUIRE_GPU=1, but {reason}", pytrace=False)
     pytest.skip(reason)
+
+
+def module_with_gpu():
+    """lbe_ops_numpy, built with CUDA and with a GPU; or as by missing_gpu."""
+    module = import_numpy_module()
+    problem = module.cuda_system()["problem"]
+    if problem:
+        missing_gpu(f"no GPU: {problem}")
+    return module
+
+
+def require_op_on_gpu():
+    """Returns where TensorFlow runs the op on a GPU; else as by missing_gpu.
+
+    Skips, whatever is required, where the GPU is there and TensorFlow is one for CPUs:
+    lbe_ops_numpy can be tested all the same.
+    """
+    module_with_gpu()
+    name = f"TensorFlow {tf.__version__}"
+    if not tf.test.is_built_with_cuda():
+        pytest.skip(f"{name} was built without GPU support")
+    require_native()
+    if not tf.config.list_physical_devices("GPU"):
+        missing_gpu(
+            f"{name} sees no GPU, and the driver has one: does it lack its libraries "
+            "(pip install tensorflow[and-cuda])?"
+        )
 
 
 def run_cmake(*arguments, **env):
@@ -149,12 +178,7 @@ def device(request):
         with tf.device("/CPU:0"):
             yield "/CPU:0"
         return
-    if not tf.config.list_physical_devices("GPU"):
-        missing_gpu(f"TensorFlow {tf.__version__} sees no GPU")
-    require_native()
-    built = import_numpy_module().build_info()["cuda"]
-    if not built.startswith("CUDA"):
-        missing_gpu(f"the native library was built without CUDA: {built}")
+    require_op_on_gpu()
     with tf.device("/GPU:0"):
         yield "/GPU:0"
 

@@ -30,6 +30,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_THREAD__)
@@ -441,6 +442,7 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
   cudaErrorNoDevice = 100,
@@ -456,7 +458,15 @@ struct cudaDeviceProp {
 };
 struct cudaFuncAttributes {};
 
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+// The error of the last call that failed, as CUDA keeps it until it is asked
+// for.
+inline cudaError_t& EmulatedLastError() {
+  static cudaError_t error = cudaSuccess;
+  return error;
+}
+inline cudaError_t cudaGetLastError() {
+  return std::exchange(EmulatedLastError(), cudaSuccess);
+}
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated error"; }
 inline cudaError_t cudaDriverGetVersion(int* version) {
   *version = 0;
@@ -484,7 +494,6 @@ inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes,
 constexpr unsigned cudaEventDisableTiming = 2;
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 enum cudaMemoryType { cudaMemoryTypeDevice = 2, cudaMemoryTypeManaged = 3 };
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
 using cudaEvent_t = void*;
 struct cudaPointerAttributes {
   cudaMemoryType type;
@@ -494,7 +503,8 @@ struct cudaPointerAttributes {
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaMallocAsync(void** data, size_t bytes, cudaStream_t) {
   *data = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-  return *data == nullptr ? cudaErrorInvalidValue : cudaSuccess;
+  if (*data == nullptr) EmulatedLastError() = cudaErrorMemoryAllocation;
+  return *data == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
 }
 inline cudaError_t cudaFreeAsync(void* data, cudaStream_t) {
   std::free(data);
@@ -511,11 +521,6 @@ inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes,
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamIsCapturing(cudaStream_t,
-                                         cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
-  return cudaSuccess;
-}
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   *event = nullptr;
   return cudaSuccess;

@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import missing_gpu, require_native, require_xla, tensor
+from conftest import require_op_on_gpu, require_xla, tensor
 
 import lbe_ops
 
@@ -14,9 +14,12 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def gpu():
-    if not tf.config.list_physical_devices("GPU"):
-        missing_gpu(f"TensorFlow {tf.__version__} sees no GPU")
-    require_native()
+    require_op_on_gpu()
+
+
+def assert_on_gpu(*tensors):
+    """TensorFlow moves an op without a kernel for the GPU to the CPU, silently."""
+    assert [a.device for a in tensors if not a.device.endswith("/device:GPU:0")] == []
 
 
 SHAPES = [(2, 1), (9, 38), (130, 7, 9), (8193, 3), (64, 5000), (1500, 1100)]
@@ -77,6 +80,15 @@ def test_training(use_native, xla):
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]
 
+    # Where `fit` ran the op cannot be asked; so the same once more, on the model.
+    @tf.function(jit_compile=xla, autograph=False)
+    def entropy_of_the_first_layer(x):
+        activations = model.layers[1](x)
+        return activations, lbe_ops.batch_entropy(activations, native=use_native)
+
+    assert_on_gpu(*entropy_of_the_first_layer(tf.constant(x)))
+    assert_on_gpu(*(weight.value for weight in model.trainable_weights))
+
 
 def test_many_steps_without_a_wait():
     """Launches pile up on the stream; each result is still its own."""
@@ -87,5 +99,6 @@ def test_many_steps_without_a_wait():
         results = [
             lbe_ops.batch_entropy(x * (1 + k % 4), native=True) for k in range(200)
         ]
+        assert_on_gpu(*results)
         for k, entropy in enumerate(results):
             assert float(entropy) == expected[k % 4]

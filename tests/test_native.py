@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import require_native
+from conftest import import_numpy_module, require_native
 
 import lbe_ops
 from lbe_ops import native
@@ -162,3 +162,34 @@ def test_native_and_reference_agree(rng):
             strict=True,
         ):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """As if TensorFlow saw a GPU, to a library that has not been asked yet."""
+    require_native()
+    monkeypatch.setattr(
+        tf.config, "get_visible_devices", lambda kind=None: ["GPU:0"] * (kind == "GPU")
+    )
+    asked = native._gpu_problem
+    asked.cache_clear()
+    yield
+    asked.cache_clear()
+
+
+def test_a_gpu_that_the_library_cannot_use_is_left_to_tensorflow(a_gpu, no_environment):
+    """One warning with the reason, and never copies to the CPU and back."""
+    if import_numpy_module().cuda_system()["problem"] == "":
+        pytest.skip("the library can use this machine's GPU")
+    with pytest.warns(RuntimeWarning, match="cannot use the GPU") as caught:
+        assert not is_native()
+    assert len(caught) == 1
+    assert not is_native()
+    assert native.compiles()  # the reference, which XLA compiles
+    with pytest.raises(lbe_ops.NativeUnavailableError, match="cannot use the GPU"):
+        lbe_ops.batch_entropy(X, native=True)
+
+
+def test_a_gpu_that_the_library_can_use(a_gpu, no_environment, monkeypatch):
+    monkeypatch.setattr(native, "_gpu_problem", lambda: "")
+    assert is_native()

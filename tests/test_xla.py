@@ -61,9 +61,13 @@ def compiled(function):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_same_bits_as_outside_of_xla(xla, dtype, shape, rng):
+def test_the_same_bits_as_outside_of_xla(xla, device, dtype, shape, rng):
     x, _ = tensor(rng.normal(0.3, 1.7, shape), dtype)
-    for inside, outside in zip(compiled(outputs)(x), outputs(x), strict=True):
+    function = compiled(outputs)
+    assert "lbe_batch_entropy" in function.experimental_get_compiler_ir(x)()
+    for inside, outside in zip(function(x), outputs(x), strict=True):
+        assert inside.device.endswith(device[1:])
+        assert outside.device.endswith(device[1:])
         np.testing.assert_array_equal(inside.numpy(), outside.numpy())
 
 
@@ -218,9 +222,9 @@ json.dump(found, sys.stdout)
 """
 
 
-def run_script(*arguments, **env):
+def run_script(*arguments, script=SCRIPT, **env):
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *map(str, arguments)],
+        [sys.executable, "-c", script, *map(str, arguments)],
         env={**os.environ, **env},
         capture_output=True,
         text=True,
@@ -242,6 +246,54 @@ def test_in_other_processes(xla, tmp_path):
     assert run_script(THREADS="1") == expected
     assert run_script(THREADS="7", XLA_FIRST="1") == expected
     assert run_script(copy) == expected
+
+
+STEPS = """
+import json, sys
+import tensorflow as tf
+import lbe_ops
+
+factors = (1.0, 2.0, 4.0, 8.0)
+
+@tf.function(jit_compile=True, autograph=False)
+def step(x):
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        entropies = [lbe_ops.batch_entropy(x * k, native=True) for k in factors]
+        loss = tf.add_n(entropies)
+    return tf.stack(entropies), tape.gradient(loss, x)
+
+with tf.device(sys.argv[1]):
+    inputs = [tf.random.stateless_normal((700, 330), [0, seed]) for seed in range(4)]
+    expected = [
+        [float(lbe_ops.batch_entropy(x * k, native=True)) for k in factors]
+        for x in inputs
+    ]
+    # New memory for the input of every step; no wait between the steps.
+    found = [step(tf.identity(inputs[k % 4])) for k in range(200)]
+same_entropies = [
+    h.numpy().tolist() == expected[k % 4] for k, (h, _) in enumerate(found)
+]
+same_gradients = [
+    bool(tf.reduce_all(dx == found[k % 4][1])) for k, (_, dx) in enumerate(found)
+]
+places = {a.device for pair in found for a in pair}
+print(json.dumps([all(same_entropies), all(same_gradients), sorted(places)]))
+"""
+
+
+@pytest.mark.parametrize(
+    "commands", ["", "FUSION,CUSTOM_CALL"], ids=["launched", "recorded"]
+)
+def test_many_steps(xla, device, commands):
+    """On a GPU one by one, and recorded as command buffers (CUDA graphs)."""
+    flags = (
+        f"--xla_gpu_enable_command_buffer={commands} --xla_gpu_graph_min_graph_size=1"
+    )
+    entropies, gradients, places = run_script(device, script=STEPS, XLA_FLAGS=flags)
+    assert entropies
+    assert gradients
+    assert [place.endswith(device[1:]) for place in places] == [True]
 
 
 # Keras

@@ -23,6 +23,17 @@ import tensorflow as tf
 from lbe_ops.regularizer import ALPHA_NAME, LBERegularizer
 
 
+class _Unchanged(keras.constraints.Constraint):
+    """Has `AlphaVector.assign` called after every update.
+
+    Optimizers update the `tf.Variable` inside of a `keras.Variable`. Where there is a
+    constraint, they then assign to the outer one what it makes of the new value.
+    """
+
+    def __call__(self, w: Any) -> Any:
+        return w
+
+
 class AlphaVector(keras.Variable):
     """The `lbe_alpha` of several regularizers as one variable `[L]`.
 
@@ -62,9 +73,7 @@ class AlphaVector(keras.Variable):
         )
         self._scalars = [regularizer.lbe_alpha for regularizer in regularizers]
         self._index = {id(scalar): i for i, scalar in enumerate(self._scalars)}
-        # Optimizers update the tf.Variable inside. Where there is a constraint, they
-        # then assign to this variable what it makes of the new value: the value.
-        self.constraint = tf.identity
+        self.constraint = _Unchanged()
 
     def stands_for(self, regularizers: Sequence[LBERegularizer]) -> bool:
         """Whether it has the alphas of all these regularizers."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import inspect
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,8 +21,10 @@ import tensorflow as tf
 from keras.src.models.functional import Functional, functional_from_config
 from keras.src.utils import python_utils, tracking
 
+from lbe_ops.alphas import AlphaVector
 from lbe_ops.regularizer import (
     ALPHA_NAME,
+    Entry,
     LBERegularizer,
     Record,
     check_finite,
@@ -29,6 +33,10 @@ from lbe_ops.regularizer import (
     recording,
 )
 
+# Whether `trainable_variables` lists every `lbe_alpha`, and not their vector.
+_one_by_one: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "lbe_ops_one_by_one", default=False
+)
 _in_step: contextvars.ContextVar[bool] = contextvars.ContextVar(
     "lbe_ops_in_step", default=False
 )
@@ -55,6 +63,15 @@ class LBEModel(keras.Model):
     outputs of `model(x, training=True)`, passed to `model.compute_loss` as they are.
     It is absent from `predict`, from plain calls and from exported models.
 
+    Every `lbe_alpha` stays a weight of its regularizer, to read, to assign and in
+    files. The optimizer sees one vector of them, the last of `trainable_variables`:
+    differentiate these in loops of your own. What an optimizer takes from a variable
+    as a whole, it takes from the vector: the norm of `clipnorm` (`global_clipnorm`
+    and `clipvalue` make no difference), of `Lamb` and of `Adafactor`. A step without
+    an alpha's layer gives it a gradient of zero, and momentum still moves it.
+    `SwapEMAWeights` swaps the other weights only; at its end, `fit` sets alpha to its
+    average too.
+
     Logs beside `loss` and the compiled metrics: `ce` (the compiled loss alone), `lbe`
     (`mean_l(LBE_l) * CE`, without the strength) and `max_lbe` (`max_l(LBE_l) * CE`).
 
@@ -78,6 +95,8 @@ class LBEModel(keras.Model):
 
     Source: Peer et al., TMLR 2022 (arXiv 2208.01134).
     """
+
+    _alpha_vector: AlphaVector | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LBEModel:
         if cls is LBEModel and (args or "inputs" in kwargs):
@@ -117,6 +136,38 @@ class LBEModel(keras.Model):
             for layer in self._flatten_layers(include_self=False)
             if isinstance(layer, LBERegularizer)
         ]
+
+    @property
+    def trainable_variables(self) -> list[keras.Variable]:
+        """Those of Keras, with one vector at the end in place of every `lbe_alpha`.
+
+        See `lbe_ops.alphas`. The scalars are in `weights`.
+        """
+        return self._with_alpha_vector(super().trainable_variables)
+
+    @property
+    def trainable_weights(self) -> list[keras.Variable]:
+        """The same, but for metrics and random seeds."""
+        return self._with_alpha_vector(super().trainable_weights)
+
+    def _with_alpha_vector(self, variables: list[Any]) -> list[Any]:
+        if not variables or _one_by_one.get():
+            return variables
+        vector = self._alphas()
+        return variables if vector is None else vector.in_place_of_scalars(variables)
+
+    def _alphas(self) -> AlphaVector | None:
+        """The vector; a new one where a layer was added since it was made."""
+        regularizers = self.lbe_regularizers
+        vector = self._alpha_vector
+        if vector is None or not vector.stands_for(regularizers):
+            if not regularizers:
+                return None
+            vector = AlphaVector.make(regularizers, self.distribute_strategy)
+            # Not tracked: it must not appear among the weights or in files.
+            with tracking.DotNotTrackScope():
+                self._alpha_vector = vector
+        return vector
 
     @python_utils.default  # Keras describes constructors where nothing overrides it
     def get_config(self) -> dict[str, Any]:
@@ -170,14 +221,33 @@ class LBEModel(keras.Model):
                 output._lbe_record = record
         return outputs
 
+    @functools.wraps(keras.Model.fit)  # and its documentation
+    def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
+        history = super().fit(*args, **kwargs)
+        if self._alpha_vector is not None and _averages(self.optimizer):
+            # Keras has just overwritten the vector with its moving average.
+            self._alpha_vector.assign(self._alpha_vector)
+        return history
+
+    @functools.wraps(keras.Model.get_state_tree)
+    def get_state_tree(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # The vector is out of date between steps.
+        with _set(_one_by_one):
+            return super().get_state_tree(*args, **kwargs)
+
+    @functools.wraps(keras.Model.set_state_tree)
+    def set_state_tree(self, *args: Any, **kwargs: Any) -> None:
+        with _set(_one_by_one):
+            super().set_state_tree(*args, **kwargs)
+
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step of `fit`: that of Keras, with LBE whatever `call` takes."""
-        with _step():
+        with _set(_in_step):
             return super().train_step(data)
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """One step of `evaluate`: that of Keras, with LBE in the loss."""
-        with _step():
+        with _set(_in_step):
             return super().test_step(data)
 
     @property
@@ -246,7 +316,7 @@ class LBEModel(keras.Model):
         ce = self._compile_loss(y, y_pred, sample_weight)
         if ce.dtype != tf.float64:
             ce = tf.cast(ce, tf.float32)
-        mean, maximum = _mean_and_max(entries, ce.dtype)
+        mean, maximum = self._mean_and_max(entries, ce.dtype, training)
         batch = next(t for t in tf.nest.flatten((x, y_pred)) if t is not None)
         samples = tf.shape(batch)[0]
         # Keras has divided the loss by the number of replicas, which then add up.
@@ -261,6 +331,45 @@ class LBEModel(keras.Model):
         ]
         return tf.add_n([ce, self.LBE_strength * mean * ce, *others])
 
+    def _mean_and_max(
+        self, entries: list[Entry], dtype: Any, training: bool
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Mean and maximum of LBE over layers, in a few vector ops for all of them."""
+        if not entries:
+            return tf.zeros((), dtype), tf.zeros((), dtype)
+        regularizers = [entry.regularizer for entry in entries]
+        if training:
+            self._warn_of_layers_not_called(regularizers)
+        vector = self._alphas() if training else None
+        if vector is None:
+            alphas = tf.stack([each.lbe_alpha.value for each in regularizers])
+        else:
+            vector.refresh()
+            alphas = vector.select(regularizers)
+        losses = lbe_losses(
+            tf.stack([tf.cast(entry.entropy, dtype) for entry in entries]),
+            tf.stack([tf.cast(entry.valid, dtype) for entry in entries]),
+            tf.cast(alphas, dtype),
+            [each.lbe_alpha_min for each in regularizers],
+            [each.lbe_beta for each in regularizers],
+        )
+        return tf.reduce_mean(losses), tf.reduce_max(losses)
+
+    def _warn_of_layers_not_called(self, called: list[LBERegularizer]) -> None:
+        """As Keras warns of variables without a gradient."""
+        called_ids = {id(regularizer) for regularizer in called}
+        absent = [
+            regularizer.lbe_alpha.path
+            for regularizer in self.lbe_regularizers
+            if regularizer.lbe_alpha.trainable and id(regularizer) not in called_ids
+        ]
+        if absent:
+            warnings.warn(
+                f"Gradients do not exist for {absent}: their layers reported no batch "
+                "entropy in this forward pass.",
+                stacklevel=2,
+            )
+
 
 @keras.saving.register_keras_serializable(package="lbe_ops")
 class LBEFunctional(LBEModel, Functional):
@@ -271,12 +380,12 @@ LBE_Model = LBEModel
 
 
 @contextlib.contextmanager
-def _step() -> Iterator[None]:
-    token = _in_step.set(True)
+def _set(flag: contextvars.ContextVar[bool]) -> Iterator[None]:
+    token = flag.set(True)
     try:
         yield
     finally:
-        _in_step.reset(token)
+        flag.reset(token)
 
 
 def _record_of(y_pred: Any) -> Record | None:
@@ -287,19 +396,9 @@ def _record_of(y_pred: Any) -> Record | None:
     return None
 
 
-def _mean_and_max(entries: list[Any], dtype: Any) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mean and maximum of LBE over layers, in a few vector ops for all of them."""
-    if not entries:
-        return tf.zeros((), dtype), tf.zeros((), dtype)
-    regularizers = [entry.regularizer for entry in entries]
-    losses = lbe_losses(
-        tf.stack([tf.cast(entry.entropy, dtype) for entry in entries]),
-        tf.stack([tf.cast(entry.valid, dtype) for entry in entries]),
-        tf.cast(tf.stack([r.lbe_alpha.value for r in regularizers]), dtype),
-        [r.lbe_alpha_min for r in regularizers],
-        [r.lbe_beta for r in regularizers],
-    )
-    return tf.reduce_mean(losses), tf.reduce_max(losses)
+def _averages(optimizer: Any) -> bool:
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # loss scaling
+    return bool(getattr(optimizer, "use_ema", False))
 
 
 def _exclude_alpha_from_weight_decay(optimizer: Any) -> None:

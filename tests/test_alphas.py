@@ -1,0 +1,556 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every `lbe_alpha` is a scalar, and one vector to the optimizer: nobody can tell.
+
+Expected values come from a training loop written out here, over the scalars.
+"""
+
+import collections
+import os
+import subprocess
+import sys
+
+import h5py
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import require_xla, samples
+
+from lbe_ops import (
+    Dense_LBE,
+    LBEModel,
+    LBERegularizer,
+    add_lbe,
+    batch_entropy,
+    native,
+    with_lbe,
+)
+
+# Keras reads a variable into NumPy 2 in a way that NumPy deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning")
+
+X, Y = samples(12, 5), samples(12, 2, seed=1)
+ALPHAS = (0.75, 0.5, 1.5)
+
+
+def chain(regularizers=None):
+    """LBE layers and a plain one; the same weights every time."""
+    regularizers = regularizers or [LBERegularizer(a, 0.25, 0.5) for a in ALPHAS]
+    units = [4] * len(regularizers) + [2]
+    return [
+        keras.layers.Dense(
+            units[i],
+            activation="tanh" if regularizer else None,
+            kernel_initializer=keras.initializers.GlorotUniform(i),
+            activity_regularizer=regularizer,
+        )
+        for i, regularizer in enumerate([*regularizers, None])
+    ]
+
+
+def functional(layers, model=LBEModel):
+    inputs = keras.Input((5,))
+    x = inputs
+    for layer in layers:
+        x = layer(x)
+    return model(inputs, x)
+
+
+class Late(LBEModel):
+    """Its layers are there when it is first called, and not before."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.make = layers
+
+    def build(self, shape):
+        self.all = self.make()
+
+    def call(self, x):
+        for layer in self.all:
+            x = layer(x)
+        return x
+
+
+def lbe_layers(layers):
+    return [layer for layer in layers if layer.activity_regularizer]
+
+
+def scalars(layers):
+    return [layer.activity_regularizer.lbe_alpha for layer in lbe_layers(layers)]
+
+
+def alphas(layers):
+    return np.array([scalar.numpy() for scalar in scalars(layers)])
+
+
+def weights(layers):
+    return [w.numpy() for layer in layers for w in layer.weights]
+
+
+def lbe_model_loss(ce, lbe):
+    return ce + 1.5 * tf.reduce_mean(lbe) * ce
+
+
+def train_by_hand(layers, optimizer, steps, x=X, loss=lbe_model_loss):
+    """`fit` with the mean squared error, spelled out over the scalars."""
+    build_all(layers, x)
+    listed = [v for layer in layers for v in layer.trainable_variables]
+    variables = list({id(variable): variable for variable in listed}.values())
+    for _ in range(steps):
+        with tf.GradientTape() as tape:
+            activations, lbe = x, []
+            for layer in layers:
+                activations = layer(activations)
+                regularizer = layer.activity_regularizer
+                if regularizer:
+                    target = tf.maximum(tf.abs(regularizer.lbe_alpha.value), 0.25)
+                    entropy = batch_entropy(activations)
+                    lbe.append(0.5 * tf.square(entropy - target))
+            total = loss(tf.reduce_mean(tf.square(activations - Y)), lbe)
+        optimizer.apply(tape.gradient(total, variables), variables)
+    optimizer.finalize_variable_values(variables)
+
+
+def build_all(layers, x):
+    for layer in layers:
+        x = layer(x)
+
+
+def adamw():
+    optimizer = keras.optimizers.AdamW(0.05, weight_decay=0.3)
+    optimizer.exclude_from_weight_decay(var_names=["lbe_alpha"])
+    return optimizer
+
+
+OPTIMIZERS = {
+    "SGD": lambda: keras.optimizers.SGD(0.1),
+    "momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
+    "Adam": lambda: keras.optimizers.Adam(0.05),
+    "global_clipnorm": lambda: keras.optimizers.Adam(0.05, global_clipnorm=0.05),
+    "clipvalue": lambda: keras.optimizers.SGD(0.5, clipvalue=0.01),
+    "AdamW": adamw,
+    "RMSprop": lambda: keras.optimizers.RMSprop(0.05),
+    "accumulation": lambda: keras.optimizers.Adam(0.1, gradient_accumulation_steps=2),
+    "average": lambda: keras.optimizers.SGD(0.3, use_ema=True, ema_momentum=0.5),
+    "overwrite": lambda: keras.optimizers.SGD(
+        0.3, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2
+    ),
+}
+
+
+def assert_same(ours, expected, rtol=1e-5):
+    for one, other in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=1e-6)
+
+
+def moved(layers):
+    return np.abs(alphas(layers) - ALPHAS) > 1e-3
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_is_that_of_scalars(name):
+    layers, expected = chain(), chain()
+    model = functional(layers)
+    model.compile(OPTIMIZERS[name](), "mse")
+    model.fit(X, Y, batch_size=12, epochs=6, verbose=0)
+    train_by_hand(expected, OPTIMIZERS[name](), 6)
+    assert_same(weights(layers), weights(expected), rtol=1e-4)
+    assert moved(layers).all()
+
+
+@pytest.mark.parametrize("how", ["eager", "jit", "several steps", "late", "own loop"])
+def test_every_way_of_training_is_that_of_scalars(how):
+    if how == "jit" and not native.compiles():
+        require_xla()
+    layers, expected = chain(), chain()
+    model = Late(lambda: layers) if how == "late" else functional(layers)
+    model.compile(
+        keras.optimizers.Adam(0.05),
+        "mse",
+        run_eagerly=how == "eager",
+        jit_compile=how == "jit",
+        steps_per_execution=3 if how == "several steps" else 1,
+    )
+    if how == "own loop":  # without the optimizer's `apply`
+        variables = model.trainable_variables
+        for _ in range(6):
+            with tf.GradientTape() as tape:
+                loss = model.compute_loss(X, Y, model(X, training=True))
+            gradients = tape.gradient(loss, variables)
+            for variable, gradient in zip(variables, gradients, strict=True):
+                variable.assign_sub(0.05 * gradient)
+        train_by_hand(expected, keras.optimizers.SGD(0.05), 6)
+    else:  # one batch
+        model.fit(np.tile(X, (6, 1)), np.tile(Y, (6, 1)), 12, verbose=0, shuffle=False)
+        train_by_hand(expected, keras.optimizers.Adam(0.05), 6)
+    assert_same(weights(layers), weights(expected), rtol=1e-4)
+    assert moved(layers).all()
+
+
+def test_one_variable_for_the_optimizer_and_the_scalars_for_everyone_else():
+    layers = chain()
+    model = functional(layers)
+    *others, vector = model.trainable_variables
+    assert vector.shape == (3,)
+    assert len(others) == 8
+    assert model.trainable_weights == model.trainable_variables
+    model.compile("adam", "mse")
+    model.fit(X, Y, verbose=0)
+    assert len(model.optimizer.variables) == 2 + 2 * 9
+    assert vector is model.trainable_variables[-1]
+    np.testing.assert_array_equal(vector, alphas(layers))
+    shapes = [[(5, 4), (4,), ()], [(4, 4), (4,), ()], [(4, 4), (4,), ()]]
+    assert [w.shape for w in model.get_weights()] == [*sum(shapes, []), (4, 2), (2,)]
+    assert not any(variable is vector for variable in model.variables)
+    assert [r.get_config()["lbe_alpha"] for r in model.lbe_regularizers] == [
+        float(scalar.numpy()) for scalar in scalars(layers)
+    ]
+
+
+def test_the_training_graph_grows_by_few_nodes_per_lbe_layer():
+    def operations(count, model, layer):
+        inputs = keras.Input((5,))
+        x = inputs
+        for _ in range(count):
+            x = layer(5)(x)
+        net = model(inputs, x)
+        net.compile("adam", "mse")
+        step = tf.function(lambda x, y: net.train_step((x, y)), autograph=False)
+        graph = step.get_concrete_function(tf.ones((6, 5)), tf.ones((6, 5))).graph
+        return collections.Counter(op.type for op in graph.get_operations())
+
+    def per_layer(*arguments):
+        difference = operations(6, *arguments)
+        difference.subtract(operations(2, *arguments))
+        return {name: number / 4 for name, number in difference.items()}
+
+    with_lbe = per_layer(LBEModel, Dense_LBE)
+    without = per_layer(keras.Model, keras.layers.Dense)
+    for name in ("Sqrt", "AssignSubVariableOp", "AssignAddVariableOp", "Mul"):
+        assert with_lbe[name] == without[name], name
+    if native.load().ops is not None:
+        assert sum(with_lbe.values()) - sum(without.values()) <= 16
+
+
+def test_assigned_values_are_used_in_the_next_step():
+    layers, expected = chain(), chain()
+    model = functional(layers)
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    optimizer = keras.optimizers.Adam(0.05)
+    for value in (0.9, 0.4):
+        model.train_on_batch(X, Y)
+        train_by_hand(expected, optimizer, 1)
+        for each in (layers, expected):
+            scalars(each)[1].assign(value)
+    model.train_on_batch(X, Y)
+    train_by_hand(expected, optimizer, 1)
+    assert_same(weights(layers), weights(expected))
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_a_frozen_alpha_does_not_move_and_has_no_part_in_the_norm(eagerly, clip):
+    layers, expected = chain(), chain()
+    model = functional(layers)
+    ours = keras.optimizers.Adam(0.05, global_clipnorm=clip)
+    theirs = keras.optimizers.Adam(0.05, global_clipnorm=clip)
+    model.compile(ours, "mse", run_eagerly=eagerly)
+    model.fit(X, Y, batch_size=12, epochs=3, verbose=0)
+    train_by_hand(expected, theirs, 3)
+    layers[0].trainable = expected[0].trainable = False  # with momentum by now
+    layers[2].activity_regularizer.trainable = False
+    expected[2].activity_regularizer.trainable = False
+    before = alphas(layers)
+    model.compile(ours, "mse", run_eagerly=eagerly)
+    model.fit(X, Y, batch_size=12, epochs=3, verbose=0)
+    train_by_hand(expected, theirs, 3)
+    assert_same(weights(layers), weights(expected), rtol=1e-4)
+    np.testing.assert_array_equal((alphas(layers) != before), [False, True, False])
+
+    layers[0].trainable = True  # thaws
+    model.compile(ours, "mse", run_eagerly=eagerly)
+    model.train_on_batch(X, Y)
+    np.testing.assert_array_equal((alphas(layers) != before), [True, True, False])
+
+
+def test_a_model_with_all_alphas_frozen_has_no_vector():
+    layers = chain([LBERegularizer(trainable=False) for _ in range(2)])
+    model = functional(layers)
+    assert len(model.trainable_variables) == 6
+    model.compile("adam", "mse")
+    before = alphas(layers)
+    model.fit(X, Y, verbose=0)
+    np.testing.assert_array_equal(alphas(layers), before)
+    model.trainable = False
+    assert model.trainable_variables == []
+
+
+def test_models_that_share_layers_train_in_turn():
+    """Two LBE models with different layers in common, and one without LBE's loss."""
+    ours, theirs = chain(), chain()
+    inputs = keras.Input((4,))
+    short = LBEModel(inputs, ours[3](ours[2](ours[1](inputs))))
+    models = [functional(ours), short, functional(ours, keras.Model)]
+    optimizers = [keras.optimizers.Adam(0.05) for _ in models]
+    for model in models:
+        model.compile(keras.optimizers.Adam(0.05), "mse")
+    h = samples(12, 4, seed=2)
+    for _ in range(3):
+        models[0].train_on_batch(X, Y)
+        train_by_hand(theirs, optimizers[0], 1)
+        assert_same(weights(ours), weights(theirs))
+        first = scalars(ours)[0].numpy()
+        models[1].train_on_batch(h, Y)
+        train_by_hand(theirs[1:], optimizers[1], 1, x=h)
+        assert_same(weights(ours), weights(theirs))
+        assert scalars(ours)[0].numpy() == first
+        models[2].train_on_batch(X, Y)
+        train_by_hand(theirs, optimizers[2], 1, loss=lambda ce, lbe: ce + sum(lbe))
+        assert_same(weights(ours), weights(theirs))
+
+
+@pytest.mark.parametrize("inner", [LBEModel, keras.Model])
+def test_nested_models_and_a_layer_called_twice(inner):
+    layers, expected = chain(), chain()
+    inputs = keras.Input((4,))
+    nested = inner(inputs, layers[2](layers[1](inputs)))
+    assert nested.trainable_variables  # its own vector is not the outer model's
+    model = functional([layers[0], layers[1], nested, layers[3]])
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    model.fit(X, Y, batch_size=12, epochs=4, verbose=0)
+    called = [expected[i] for i in (0, 1, 1, 2, 3)]
+    train_by_hand(called, keras.optimizers.Adam(0.05), 4)
+    assert_same(weights(layers), weights(expected))
+    assert len(model.trainable_variables) == 9
+
+
+def test_a_regularizer_shared_by_layers_and_models():
+    def build():
+        return chain([LBERegularizer(0.75, 0.25, 0.5)] * 3)
+
+    layers, expected = build(), build()
+    inputs = keras.Input((4,))
+    models = [functional(layers), LBEModel(inputs, layers[3](layers[2](inputs)))]
+    optimizers = [keras.optimizers.Adam(0.05) for _ in models]
+    for model in models:
+        model.compile(keras.optimizers.Adam(0.05), "mse")
+    h = samples(12, 4, seed=2)
+    for _ in range(2):
+        models[0].train_on_batch(X, Y)
+        models[1].train_on_batch(h, Y)
+        train_by_hand(expected, optimizers[0], 1)
+        train_by_hand(expected[2:], optimizers[1], 1, x=h)
+    assert_same(weights(layers), weights(expected))
+    assert models[0].trainable_variables[-1].shape == (1,)
+
+
+def test_lbe_put_on_a_layer_after_a_look_at_the_variables():
+    layers, expected = chain(), chain()
+    model = functional(layers)
+    assert model.trainable_variables[-1].shape == (3,)
+    for each in (layers, expected):
+        with_lbe(each[3], lbe_alpha=1.0, lbe_alpha_min=0.25, lbe_beta=0.5)
+    assert model.trainable_variables[-1].shape == (4,)
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    model.fit(X, Y, batch_size=12, epochs=2, verbose=0)
+    train_by_hand(expected, keras.optimizers.Adam(0.05), 2)
+    assert_same(weights(layers), weights(expected))
+
+
+def test_a_model_made_by_add_lbe_and_its_original_train_in_turn():
+    dense = keras.layers.Dense(4, activation="tanh")
+    plain = functional([dense, keras.layers.Dense(2)], keras.Model)
+    model = add_lbe(plain, [dense.name], lbe_alpha=2.0)
+    alpha = dense.activity_regularizer.lbe_alpha
+    values = [alpha.numpy()]
+    for each in (model, plain):
+        each.compile("adam", "mse")
+    for _ in range(2):
+        for each in (model, plain):
+            each.fit(X, Y, verbose=0)
+            values.append(alpha.numpy())
+    assert len(set(map(float, values))) == 5
+
+
+# Files ---------------------------------------------------------------------------
+
+
+def trained(epochs=3, model=LBEModel):
+    net = functional(chain(), model)
+    net.compile(keras.optimizers.Adam(0.05), "mse")
+    net.fit(X, Y, batch_size=12, epochs=epochs, verbose=0)
+    return net
+
+
+def datasets(path):
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda name, item: (
+                found.update({name: item.shape})
+                if isinstance(item, h5py.Dataset) and "optimizer" not in name
+                else None
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize("how", ["keras", "h5", "checkpoint"])
+def test_interrupted_training_goes_on_as_if_it_had_not_been(how, tmp_path):
+    model = trained()
+    if how == "keras":  # and the optimizer is built before the first step
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+    else:
+        loaded = trained(epochs=1)
+        if how == "h5":
+            model.save_weights(tmp_path / "model.weights.h5")
+            loaded.load_weights(tmp_path / "model.weights.h5")
+        else:
+            path = tf.train.Checkpoint(model).write(str(tmp_path / "checkpoint"))
+            tf.train.Checkpoint(loaded).read(path).assert_existing_objects_matched()
+    assert_same(loaded.get_weights(), model.get_weights(), rtol=0)
+    for each in (model, loaded):
+        each.fit(X, Y, batch_size=12, epochs=3, verbose=0)
+    assert_same(loaded.get_weights(), model.get_weights(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["h5", "checkpoint", "arrays", "state tree"])
+@pytest.mark.parametrize("written_by", [LBEModel, keras.Model])
+def test_plain_models_and_lbe_models_write_the_same_weights(how, written_by, tmp_path):
+    """A plain model knows of scalars only."""
+    read_by = keras.Model if written_by is LBEModel else LBEModel
+    source, target = trained(model=written_by), functional(chain(), read_by)
+    path = str(tmp_path / "model.weights.h5")
+    if how == "h5":
+        source.save_weights(path)
+        target.load_weights(path)
+        target.save_weights(str(tmp_path / "again.weights.h5"))
+        assert datasets(path) == datasets(str(tmp_path / "again.weights.h5"))
+    elif how == "checkpoint":
+        path = tf.train.Checkpoint(source).write(path)
+        status = tf.train.Checkpoint(target).read(path)
+        status.assert_existing_objects_matched().expect_partial()
+    elif how == "arrays":
+        target.set_weights(source.get_weights())
+    else:
+        target.compile("adam", "mse")
+        trees = [each.get_state_tree("numpy_array") for each in (source, target)]
+        assert all(
+            "lbe_alphas" not in str(tree["trainable_variables"]) for tree in trees
+        )
+        values = [keras.tree.flatten(tree["trainable_variables"]) for tree in trees]
+        assert [v.shape for v in values[0]] == [v.shape for v in values[1]]
+        np.testing.assert_equal(source.get_state_tree("numpy_array"), trees[0])
+        return
+    assert_same(target.get_weights(), source.get_weights(), rtol=0)
+
+
+def test_a_state_tree_is_restored():
+    model = trained()
+    tree = model.get_state_tree("numpy_array")
+    expected = model.get_weights()
+    model.fit(X, Y, verbose=0)
+    model.set_state_tree(tree)
+    assert_same(model.get_weights(), expected, rtol=0)
+
+
+def test_files_hold_nothing_of_the_vector(tmp_path):
+    model = trained()
+    path = str(tmp_path / "model.weights.h5")
+    model.save_weights(path)
+    shapes = [shape for name, shape in datasets(path).items() if "regularizer" in name]
+    assert shapes == [()] * 3
+
+
+# Devices and precision -------------------------------------------------------------
+
+
+def test_mixed_float16_trains_alphas_as_float32_does():
+    results = []
+    for policy in ("float32", "mixed_float16"):
+        keras.config.set_dtype_policy(policy)
+        try:
+            layers = chain()
+            model = functional(layers)
+        finally:
+            keras.config.set_dtype_policy("float32")
+        model.compile(keras.optimizers.Adam(0.05), "mse")
+        model.fit(X, Y, batch_size=12, epochs=6, verbose=0)
+        results.append(alphas(layers))
+        assert model.trainable_variables[-1].dtype == "float32"
+    np.testing.assert_allclose(*results, rtol=0.02)
+
+
+REPLICAS = """
+import sys
+import keras, numpy as np, tensorflow as tf
+from test_alphas import X, Y, Late, alphas, chain, functional, optimizer_of, weights
+count, kind, precision = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(
+    cpu, [tf.config.LogicalDeviceConfiguration()] * count
+)
+keras.config.set_dtype_policy(precision)
+strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(count)])
+with strategy.scope():
+    layers = chain()
+    model = Late(lambda: layers) if kind == "late" else functional(layers)
+    optimizer = optimizer_of(kind)
+    model.compile(optimizer, "mse")
+# Every replica gets the same samples, and so the same entropies as a single one.
+x, y = np.tile(X, (count, 1)), np.tile(Y, (count, 1))
+if kind == "loop":
+    @tf.function
+    def step(x, y):
+        def one(x, y):
+            with tf.GradientTape() as tape:
+                loss = model.compute_loss(x, y, model(x, training=True))
+            variables = model.trainable_variables
+            model.optimizer.apply(tape.gradient(loss, variables), variables)
+        strategy.run(one, args=(x, y))
+    for _ in range(4):
+        step(tf.constant(X), tf.constant(Y))
+else:
+    model.fit(x, y, batch_size=12 * count, epochs=4, verbose=0, shuffle=False)
+for regularizer, alpha in zip(model.lbe_regularizers, alphas(layers)):
+    values = strategy.experimental_local_results(regularizer.lbe_alpha.value)
+    assert [float(value) for value in values] == [alpha] * count
+np.savez("weights.npz", *weights(layers))
+"""
+
+
+def optimizer_of(kind):
+    if kind == "loop":  # Keras cannot make variables of optimizers in replicas
+        return keras.optimizers.SGD(0.1)
+    return keras.optimizers.Adam(0.05)
+
+
+@pytest.mark.parametrize(
+    ("count", "kind", "precision"),
+    [
+        (1, "functional", "float32"),
+        (2, "functional", "float32"),
+        (2, "late", "float32"),
+        (2, "loop", "float32"),
+        (2, "functional", "mixed_float16"),
+    ],
+)
+def test_mirrored_replicas_train_as_one(count, kind, precision, tmp_path):
+    folder = os.path.dirname(os.path.abspath(__file__))
+    subprocess.run(
+        [sys.executable, "-c", REPLICAS, str(count), kind, precision],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([folder, *(p for p in sys.path if p)]),
+        },
+        check=True,
+    )
+    expected = chain()
+    train_by_hand(expected, optimizer_of(kind), 4)
+    ours = list(np.load(tmp_path / "weights.npz").values())
+    tolerance = 1e-4 if precision == "float32" else 0.05
+    for one, other in zip(ours, weights(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)

@@ -265,10 +265,11 @@ class LBERegularizer(keras.layers.Layer):
                 "point, which has no batch entropy. Put LBE on a layer whose outputs "
                 f"all are floating point. Received: dtype={x.dtype.name!r}"
             )
-        made = getattr(x, "_lbe_entropy", None)  # by `epilogue`
-        entropy, valid = made or ops.batch_entropy_or_zero(
-            x, **self.formula, native=native
-        )
+        maker, *made = getattr(x, "_lbe_entropy", (None,))
+        if maker is self:  # by `epilogue`
+            entropy, valid = made
+        else:
+            entropy, valid = ops.batch_entropy_or_zero(x, **self.formula, native=native)
         if record is not None:
             record.add(Entry(self, entropy, valid), _name(layer))
             return self._other(x, layer, record)
@@ -314,7 +315,7 @@ class LBERegularizer(keras.layers.Layer):
             **self.formula,
             native=self.native,
         )
-        y._lbe_entropy = tuple(entropy)
+        y._lbe_entropy = (self, *entropy)
         return y
 
     def _other(

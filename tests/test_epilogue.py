@@ -315,6 +315,24 @@ def test_layers_in_other_precisions(dtype):
     assert_same_training(fused, plain, tolerance)
 
 
+def test_a_second_regularizer_makes_an_entropy_of_its_own():
+    """Of the same tensor, which a linear layer hands on as it is."""
+    require_native()
+    inputs = keras.Input((5,))
+    x = Dense_LBE(6, activation="relu", **UPPER)(inputs)
+    second = LBERegularizer(**LBE, scale=3.0, offset=0.5)
+    x = keras.layers.Activation("linear", activity_regularizer=second)(x)
+    model = LBEModel(inputs, x)
+    data = tf.constant(np.random.default_rng(0).normal(size=(16, 5)), tf.float32)
+    y = model(data, training=True)
+    first_entry, second_entry = y._lbe_record.entries
+    exact = tf.cast(y, tf.float64).numpy()
+    assert float(first_entry.entropy) == pytest.approx(oracle.batch_entropy(exact))
+    assert float(second_entry.entropy) == pytest.approx(
+        oracle.batch_entropy(exact, scale=3.0, offset=0.5)
+    )
+
+
 def test_lora():
     """The kernel that LoRA adds to is the one that is multiplied with."""
     require_native()

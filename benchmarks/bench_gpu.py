@@ -38,6 +38,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 import report
 from machine import describe
+from shapes import parse_shape
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
 import oracle
@@ -509,18 +510,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(ImportError):
             found[name] = importlib.import_module(name).__version__
     return found
-
-
-def parse_shape(text: str) -> tuple[int, int]:
-    try:
-        n, units = map(int, text.split("x"))
-    except ValueError:
-        n = units = 0
-    if n < 2 or units < 1:
-        raise argparse.ArgumentTypeError(
-            f"a shape is SAMPLESxUNITS with at least 2x1, such as 512x128, not {text!r}"
-        )
-    return n, units
 
 
 def parse_arguments() -> argparse.Namespace:

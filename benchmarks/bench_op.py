@@ -30,6 +30,7 @@ import numpy as np
 import report
 import tensorflow as tf
 from machine import Streams, describe
+from shapes import parse_shape
 
 import lbe_ops
 from lbe_ops import info, native
@@ -321,18 +322,6 @@ def memory_bandwidth(streams: Streams, rounds: int) -> dict[str, float]:
         name: size / float(np.median(seconds[name])) / 1e9
         for name, (_, size) in plain.items()
     }
-
-
-def parse_shape(text: str) -> tuple[int, int]:
-    try:
-        n, units = map(int, text.split("x"))
-    except ValueError:
-        n = units = 0
-    if n < 2 or units < 1:
-        raise argparse.ArgumentTypeError(
-            f"a shape is SAMPLESxUNITS with at least 2x1, such as 512x128, not {text!r}"
-        )
-    return n, units
 
 
 def parse_arguments() -> argparse.Namespace:

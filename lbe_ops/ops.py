@@ -234,12 +234,9 @@ def epilogue(
     outputs = ops.lbe_epilogue(
         z,
         [] if bias is None else [bias],
-        result_type=reference.result_dtype(z.dtype),
         activation=activation,
         alpha=repr(float(alpha)),
-        ddof=formula["ddof"],
-        scale=repr(formula["scale"]),
-        offset=repr(formula["offset"]),
+        **_attributes(z, formula),
     )
     return EpilogueOutputs(outputs.y, outputs.entropy, outputs.valid)
 
@@ -283,15 +280,17 @@ def _check(
 
 
 def _call(ops: Any, x: tf.Tensor, formula: dict[str, Any], **attributes: Any) -> Any:
+    return ops.lbe_batch_entropy(x, **_attributes(x, formula), **attributes)
+
+
+def _attributes(x: tf.Tensor, formula: dict[str, Any]) -> dict[str, Any]:
     # Float attributes of an op have 32 bits; their text carries all 64.
-    return ops.lbe_batch_entropy(
-        x,
-        result_type=reference.result_dtype(x.dtype),
-        ddof=formula["ddof"],
-        scale=repr(formula["scale"]),
-        offset=repr(formula["offset"]),
-        **attributes,
-    )
+    return {
+        "result_type": reference.result_dtype(x.dtype),
+        "ddof": formula["ddof"],
+        "scale": repr(formula["scale"]),
+        "offset": repr(formula["offset"]),
+    }
 
 
 @tf.RegisterGradient("LBE>BatchEntropy")

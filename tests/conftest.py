@@ -4,6 +4,7 @@
 import dataclasses
 import importlib
 import importlib.util
+import json
 import os
 import pathlib
 import shutil
@@ -66,22 +67,35 @@ TOLERANCES = {
 DTYPES = tuple(TOLERANCES)
 
 
-def require_native():
-    """Skips without the native library; fails where LBE_REQUIRE_NATIVE=1."""
-    reason = native.load().reason
-    if reason and os.environ.get("LBE_REQUIRE_NATIVE") == "1":
-        pytest.fail(f"LBE_REQUIRE_NATIVE=1, but {reason}")
+def _require(variable, reason):
+    """Skips where there is a reason; fails where the environment forbids that."""
+    if reason and os.environ.get(variable) == "1":
+        pytest.fail(f"{variable}=1, but {reason}")
     elif reason:
         pytest.skip(reason)
+
+
+def require_native():
+    """Skips without the native library; fails where LBE_REQUIRE_NATIVE=1."""
+    _require("LBE_REQUIRE_NATIVE", native.load().reason)
 
 
 def require_xla():
     """Skips where XLA cannot compile the native op; LBE_REQUIRE_XLA=1 then fails."""
-    reason = native.load().xla_reason
-    if reason and os.environ.get("LBE_REQUIRE_XLA") == "1":
-        pytest.fail(f"LBE_REQUIRE_XLA=1, but {reason}")
-    elif reason:
-        pytest.skip(reason)
+    _require("LBE_REQUIRE_XLA", native.load().xla_reason)
+
+
+def run_script(script, *arguments, **env):
+    """What a script prints as JSON, last, in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def import_numpy_module():

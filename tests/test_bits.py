@@ -2,15 +2,11 @@
 """The kernels' bits: the canonical tree, whatever the threads and instruction set."""
 
 import hashlib
-import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import oracle
 import pytest
-from conftest import TOLERANCES, import_numpy_module, require_native
+from conftest import TOLERANCES, import_numpy_module, require_native, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_dtypes import bfloat16
@@ -112,18 +108,6 @@ for name in ("float16", "bfloat16", "float32", "float64"):
     digests[name] = digest.hexdigest()
 json.dump({"simd": lbe_ops_numpy.simd_level(), "digests": digests}, sys.stdout)
 """
-
-
-def run_script(script, **env):
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 def test_every_instruction_set_gives_the_same_bits():

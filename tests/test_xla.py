@@ -5,11 +5,7 @@ Against the oracle, the paths `native-xla` and `reference-xla` of test_ops.py.
 """
 
 import concurrent.futures
-import json
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 
 import keras
@@ -23,6 +19,7 @@ from conftest import (
     assert_statistics,
     require_native,
     require_xla,
+    run_script,
     samples,
     tensor,
 )
@@ -222,18 +219,6 @@ json.dump(found, sys.stdout)
 """
 
 
-def run_script(*arguments, script=SCRIPT, **env):
-    result = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 def test_in_other_processes(xla, tmp_path):
     """On 1 and 7 threads, after XLA has compiled, and with the library twice."""
     expected = []
@@ -243,9 +228,9 @@ def test_in_other_processes(xla, tmp_path):
         expected.append([entropy.tobytes().hex(), True])
     copy = tmp_path / "copy.so"
     shutil.copy(native.LIBRARY_PATH.with_name(native.XLA_LIBRARY_NAME), copy)
-    assert run_script(THREADS="1") == expected
-    assert run_script(THREADS="7", XLA_FIRST="1") == expected
-    assert run_script(copy) == expected
+    assert run_script(SCRIPT, THREADS="1") == expected
+    assert run_script(SCRIPT, THREADS="7", XLA_FIRST="1") == expected
+    assert run_script(SCRIPT, copy) == expected
 
 
 STEPS = """
@@ -290,7 +275,7 @@ def test_many_steps(xla, device, commands):
     flags = (
         f"--xla_gpu_enable_command_buffer={commands} --xla_gpu_graph_min_graph_size=1"
     )
-    entropies, gradients, places = run_script(device, script=STEPS, XLA_FLAGS=flags)
+    entropies, gradients, places = run_script(STEPS, device, XLA_FLAGS=flags)
     assert entropies
     assert gradients
     assert [place.endswith(device[1:]) for place in places] == [True]

@@ -19,7 +19,7 @@ SOURCES := $(shell find lbe_ops cc cuda -type f -not -name '*.py[co]' \
            CMakeLists.txt setup.py MANIFEST.in README.md LICENSE
 CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.cu tests/*.h tests/*.cc)
 
-.PHONY: help demo test build bench test-gpu bench-gpu lint format sanitize clean
+.PHONY: help demo test build bench bench-training test-gpu bench-gpu lint format sanitize clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -38,6 +38,9 @@ build: $(PACKAGE) ## build the wheel into dist/ and install it into .venv
 
 bench: $(PACKAGE) ## the whole benchmark, into results/benchmark
 	$(BIN)/python benchmarks/bench_op.py --output results/benchmark
+
+bench-training: $(PACKAGE) ## training with LBE against training without, into results/training
+	$(BIN)/python benchmarks/bench_training.py $(BENCH_ARGS)
 
 # With what $(PYTHON) can import, without .venv: a GPU machine may reach no package
 # registry. TensorFlow's part only where it is installed.

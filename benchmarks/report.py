@@ -28,6 +28,8 @@ except ImportError:
 
 Results = Mapping[str, Any]
 Row = Mapping[str, Any]
+# What is to be reached, what was, and whether that is enough.
+Judged = tuple[str, str, bool]
 
 
 def fraction(row: Row, bandwidth: Mapping[str, float], name: str = "fused") -> float:
@@ -45,7 +47,7 @@ def gigabytes_per_second(row: Row) -> float:
     return row["bytes_to_move"] / row["seconds"]["fused"]["median"] / 1e9
 
 
-def targets(results: Results) -> list[tuple[str, str, bool]]:
+def targets(results: Results) -> list[Judged]:
     """What the op is to reach, what it did, and whether that is enough.
 
     Only those that the shapes, the dtype and the variants of a run allow to judge.
@@ -176,7 +178,7 @@ def gpu_notes(results: Results) -> list[str]:
     ]
 
 
-def gpu_targets(results: Results) -> list[tuple[str, str, bool]]:
+def gpu_targets(results: Results) -> list[Judged]:
     """As `targets`, of bench_gpu.py."""
     shares = [
         (fraction(row, row["memory_GB_per_s"]), f"{label(row)}, {row['pass']}")
@@ -217,20 +219,50 @@ def finish(
     results: Results,
     folder: pathlib.Path,
     notes: Sequence[str],
-    judged_targets: Sequence[tuple[str, str, bool]],
+    judged_targets: Sequence[Judged],
 ) -> None:
-    """Prints the table, notes and targets; writes table.md and plot.png if it can."""
-    notes = [*notes, *_skipped(results)]
+    """Prints and writes what bench_op.py or bench_gpu.py has measured."""
     header, body = _cells(results)
-    title = f"Batch entropy, {results['rows'][0]['dtype']}"
-    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *body]
+    conclude(
+        folder,
+        f"Batch entropy, {results['rows'][0]['dtype']}",
+        [header, *body],
+        2,
+        [*notes, *_skipped(results)],
+        judged_targets,
+        lambda path: _plot(results["rows"], path),
+    )
+
+
+def conclude(
+    folder: pathlib.Path,
+    title: str,
+    rows: Sequence[Sequence[str]],
+    labels: int,
+    notes: Sequence[str],
+    judged_targets: Sequence[Judged],
+    plot: Callable[[pathlib.Path], object],
+) -> None:
+    """Prints the table, notes and targets; writes table.md and plot.png if it can.
+
+    Args:
+        folder: where they go.
+        title: of the table.
+        rows: its cells, the header first.
+        labels: how many of the first columns are text.
+        notes: what a reader must know.
+        judged_targets: each with what was found, and whether that is enough.
+        plot: writes the plot to a file.
+    """
+    header, *body = rows
+    lines = [header, ["---"] * labels + ["---:"] * (len(header) - labels), *body]
     markdown = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     if Table is None:
         print(f"{title}\n\n{markdown}\n")
     else:
         table = Table(title=title)
         for index, name in enumerate(header):
-            table.add_column(name, justify="left" if index < 2 else "right")
+            table.add_column(name, justify="left" if index < labels else "right")
         for cells in body:
             table.add_row(*cells)
         Console(width=max(120, 22 * len(header))).print(table)
@@ -241,12 +273,12 @@ def finish(
     print("\n".join([*notes, *judged]))
     text = "\n\n".join([markdown, *notes, *judged]) + "\n"
     _replace(folder / "table.md", lambda path: path.write_text(text))
-    plot = folder / "plot.png"
+    picture = folder / "plot.png"
     if plt is None:
-        plot.unlink(missing_ok=True)  # that of an earlier run
+        picture.unlink(missing_ok=True)  # that of an earlier run
         print("No plot: pip install matplotlib")
     else:
-        _replace(plot, lambda path: _plot(results["rows"], path))
+        _replace(picture, plot)
     print(f"Results: {folder}")
 
 

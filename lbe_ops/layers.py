@@ -52,30 +52,6 @@ class _LBE:
         )
         super().__init__(*args, activity_regularizer=regularizer, **kwargs)
 
-    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The layer's output; in training its LBE rides along with the activation."""
-        regularizer = self.activity_regularizer
-        if not (isinstance(regularizer, LBERegularizer) and regularizer.in_epilogue()):
-            return super().call(inputs, *args, **kwargs)
-        served = EPILOGUES.get(self.activation)
-        products = self._products(inputs) if served else None
-        if products is None:  # another activation, or a layout of its own
-            return regularizer.epilogue(super().call(inputs, *args, **kwargs))
-        return regularizer.epilogue(products, self.bias, *served)
-
-
-# Activations that an epilogue serves: its name for them, and their parameter.
-EPILOGUES = {
-    keras.activations.linear: ("linear", 1.0),
-    keras.activations.relu: ("relu", 1.0),
-    keras.activations.leaky_relu: ("leaky_relu", 0.2),
-    keras.activations.elu: ("elu", 1.0),
-    keras.activations.selu: ("selu", 1.0),
-    keras.activations.tanh: ("tanh", 1.0),
-    keras.activations.sigmoid: ("sigmoid", 1.0),
-    keras.activations.softplus: ("softplus", 1.0),
-}
-
 
 @keras.saving.register_keras_serializable(package="lbe_ops")
 class Dense_LBE(_LBE, keras.layers.Dense):
@@ -94,9 +70,6 @@ class Dense_LBE(_LBE, keras.layers.Dense):
 
     >>> layer = Dense_LBE(32, activation="relu", LBE_alpha=3.0, LBE_alpha_min=0.3)
     """
-
-    def _products(self, inputs: Any) -> Any:
-        return keras.ops.matmul(inputs, self.kernel)
 
 
 @keras.saving.register_keras_serializable(package="lbe_ops")
@@ -118,11 +91,6 @@ class Conv2D_LBE(_LBE, keras.layers.Conv2D):
 
     >>> layer = Conv2D_LBE(16, 3, activation="relu", LBE_beta=0.5)
     """
-
-    def _products(self, inputs: Any) -> Any:
-        if self.data_format != "channels_last":
-            return None
-        return self.convolution_op(inputs, self.kernel)
 
 
 def with_lbe(layer: AnyLayer, **arguments: Any) -> AnyLayer:

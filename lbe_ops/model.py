@@ -21,6 +21,7 @@ import tensorflow as tf
 from keras.src.models.functional import Functional, functional_from_config
 from keras.src.utils import python_utils, tracking
 
+from lbe_ops import epilogue
 from lbe_ops.alphas import AlphaVector
 from lbe_ops.regularizer import (
     ALPHA_NAME,
@@ -210,6 +211,7 @@ class LBEModel(keras.Model):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if in_layer_call():  # the outermost model makes the loss
             return super().__call__(*args, **kwargs)
+        epilogue.install(self)
         with recording(Record(self, always=_in_step.get())) as record:
             outputs = super().__call__(*args, **kwargs)
         record.remove_zeros()

@@ -286,12 +286,16 @@ class LBERegularizer(keras.layers.Layer):
             return loss
         return loss + tf.cast(self.other_activity_regularizer(x), loss.dtype)
 
-    def in_epilogue(self) -> bool:
-        """Whether a layer is to end with `epilogue` now: in a step of an `LBEModel`."""
+    def in_epilogue_of(self, layer: keras.layers.Layer) -> bool:
+        """Whether a layer is to end with `epilogue` now: in a step of an `LBEModel`.
+
+        Not where a wrapper calls the layer's `call`: no regularizer follows there.
+        """
         record = _record.get()
         return (
             record is not None
             and (record.always or _training())
+            and self._calling_layer() is layer
             and not in_symbolic_scope()
             and not pywrap_tfe.TFE_Py_TapeSetIsStopped()
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import keras
+from keras.src.models.functional import Functional
 
 from lbe_ops.model import LBEModel
 from lbe_ops.regularizer import LBERegularizer, check_finite
@@ -22,6 +23,17 @@ Selection = (
     | Callable[[keras.layers.Layer], bool]
     | Iterable[str]
 )
+
+
+def _regularizer_for(layer: keras.layers.Layer, **arguments: Any) -> LBERegularizer:
+    if isinstance(layer, (Functional, keras.Sequential)):
+        raise ValueError(
+            "LBE is for a layer, and Keras would lose its alpha in a Functional or "
+            "Sequential model. Put it on the last layer of the model, or behind it: "
+            "with_lbe(keras.layers.Activation('linear'))(model(x)). "
+            f"Received: {layer.name!r}"
+        )
+    return _regularizer(layer.activity_regularizer, **arguments)
 
 
 def _regularizer(other: Any, **arguments: Any) -> LBERegularizer:
@@ -98,7 +110,7 @@ def with_lbe(layer: AnyLayer, **arguments: Any) -> AnyLayer:
 
     An activity regularizer that the layer has stays, beside LBE. A layer that has
     LBE already is left as it is. Every output of a layer counts as a layer of its
-    own, and must be floating point.
+    own, and must be floating point. A model in the model is no layer.
 
     Args:
         layer: the layer; changed in place.
@@ -108,13 +120,14 @@ def with_lbe(layer: AnyLayer, **arguments: Any) -> AnyLayer:
         The same layer.
 
     Raises:
-        ValueError: an argument is out of its range or not a number.
+        ValueError: an argument is out of its range or not a number, or the layer is a
+            Functional or Sequential model.
 
     Example:
 
     >>> x = with_lbe(keras.layers.Conv1D(8, 3), lbe_alpha=1.0)(keras.Input((32, 4)))
     """
-    _attach(layer, _regularizer(layer.activity_regularizer, **arguments))
+    _attach(layer, _regularizer_for(layer, **arguments))
     return layer
 
 
@@ -168,9 +181,7 @@ def add_lbe(
         )
     check_finite("LBE_strength", LBE_strength, at_least=0)
     selected = select_layers(model, layers)
-    regularizers = [
-        _regularizer(layer.activity_regularizer, **arguments) for layer in selected
-    ]
+    regularizers = [_regularizer_for(layer, **arguments) for layer in selected]
     for layer, regularizer in zip(selected, regularizers, strict=True):
         _attach(layer, regularizer)
     if isinstance(model, keras.Sequential):  # has lists only

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The epilogue y = activation(z + bias) with LBE, and the layers that end with it."""
 
+import contextlib
+import copy
 import math
+from unittest import mock
 
 import keras
 import numpy as np
@@ -10,7 +13,15 @@ import pytest
 import tensorflow as tf
 from conftest import TOLERANCES, require_native, require_xla, tensor
 
-from lbe_ops import Conv2D_LBE, Dense_LBE, LBEModel, LBERegularizer, native, ops
+from lbe_ops import (
+    Conv2D_LBE,
+    Dense_LBE,
+    LBEModel,
+    LBERegularizer,
+    native,
+    ops,
+    with_lbe,
+)
 from lbe_ops import reference as reference_formulas
 
 ALPHA = 0.3
@@ -225,43 +236,60 @@ def swish(z):
     return keras.ops.silu(z)
 
 
-def dense(fused, activation):
-    if fused:
+def dense(ours, activation):
+    if ours:
         return Dense_LBE(6, activation=activation, **UPPER)
     return keras.layers.Dense(
         6, activation=activation, activity_regularizer=LBERegularizer(**LBE)
     )
 
 
-def conv(fused, activation, data_format="channels_last"):
-    options = {"activation": activation, "data_format": data_format}
-    if fused:
-        return Conv2D_LBE(4, 3, **options, **UPPER)
+def conv(ours, activation):
+    if ours:
+        return Conv2D_LBE(4, 3, activation=activation, **UPPER)
     return keras.layers.Conv2D(
-        4, 3, activity_regularizer=LBERegularizer(**LBE), **options
+        4, 3, activation=activation, activity_regularizer=LBERegularizer(**LBE)
     )
 
 
+def other(layer):
+    return [with_lbe(layer, **LBE), keras.layers.Flatten()]
+
+
 NETS = {
-    "dense": ((5,), lambda fused: [dense(fused, "relu") for _ in range(3)]),
-    "tanh": ((5,), lambda fused: [dense(fused, "tanh")]),
-    "3d": ((4, 5), lambda fused: [dense(fused, "selu"), keras.layers.Flatten()]),
-    "custom": ((5,), lambda fused: [dense(fused, swish)]),
-    "none": ((5,), lambda fused: [dense(fused, None)]),
-    "conv": ((8, 8, 3), lambda fused: [conv(fused, "elu"), keras.layers.Flatten()]),
+    "dense": ((5,), lambda ours: [dense(ours, "relu") for _ in range(3)]),
+    "tanh": ((5,), lambda ours: [dense(ours, "tanh")]),
+    "3d": ((4, 5), lambda ours: [dense(ours, "selu"), keras.layers.Flatten()]),
+    "custom": ((5,), lambda ours: [dense(ours, swish)]),
+    "none": ((5,), lambda ours: [dense(ours, None)]),
+    "conv": ((8, 8, 3), lambda ours: [conv(ours, "elu"), keras.layers.Flatten()]),
+    "conv 1d": ((8, 3), lambda _: other(keras.layers.Conv1D(4, 3))),
+    "conv 3d": ((4, 4, 4, 3), lambda _: other(keras.layers.Conv3D(2, 3))),
+    "lstm": ((8, 3), lambda _: other(keras.layers.LSTM(4))),
+    "batch norm": ((5,), lambda _: other(keras.layers.BatchNormalization())),
+    "max": ((8, 3), lambda _: other(keras.layers.MaxPooling1D(2))),
+    "nested": (
+        (5,),
+        lambda ours: [
+            keras.Sequential([dense(ours, "relu"), dense(ours, "softplus")]),
+        ],
+    ),
 }
 
 
-def trained(net, fused, dtype="float32", jit_compile=False, change=None):
-    """Losses, weights and predictions of a small net after a few steps."""
+def trained(net, ours=True, plain=False, dtype="float32", jit=False, change=None):
+    """Losses, weights and predictions of a small net after a few steps.
+
+    `ours`: Dense_LBE and Conv2D_LBE, or the layers of Keras with a regularizer.
+    `plain`: without any epilogue, as Keras itself calls layers and regularizers.
+    """
     keras.utils.set_random_seed(1)
     shape, layers = NETS[net]
-    with_policy = keras.dtype_policies.DTypePolicy(dtype)
     before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(with_policy)
+    keras.config.set_dtype_policy(keras.dtype_policies.DTypePolicy(dtype))
     try:
         inputs = x = keras.Input(shape)
-        for layer in layers(fused):
+        for layer in layers(ours):
             x = layer(x)
         outputs = keras.layers.Dense(3, dtype="float32")(x)
         model = LBEModel(inputs, outputs, LBE_strength=0.7)
@@ -272,19 +300,26 @@ def trained(net, fused, dtype="float32", jit_compile=False, change=None):
     model.compile(
         keras.optimizers.SGD(0.05),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        jit_compile=jit_compile,
+        jit_compile=jit,
     )
     rng = np.random.default_rng(0)
     x = rng.normal(size=(40, *shape)).astype("float32")
     y = rng.integers(0, 3, 40)
-    history = model.fit(x, y, batch_size=16, epochs=2, verbose=0, shuffle=False)
-    logs = model.evaluate(x, y, batch_size=16, verbose=0, return_dict=True)
+    with without_epilogues(plain):
+        history = model.fit(x, y, batch_size=16, epochs=2, verbose=0, shuffle=False)
+        logs = model.evaluate(x, y, batch_size=16, verbose=0, return_dict=True)
     return (
         {**history.history, **logs},
         model.get_weights(),
         model.predict(x, verbose=0),
-        [w.path.split("/", 1)[1] for w in model.weights],
+        [w.path.rsplit("/", 1)[1] for w in model.weights],
     )
+
+
+def without_epilogues(really=True):
+    if not really:
+        return contextlib.nullcontext()
+    return mock.patch("lbe_ops.epilogue.install", lambda model: None)
 
 
 def assert_same_training(one, other, tolerance):
@@ -295,23 +330,29 @@ def assert_same_training(one, other, tolerance):
     np.testing.assert_allclose(one[2], other[2], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
 @pytest.mark.parametrize("net", NETS)
-def test_layers_train_as_with_an_activity_regularizer(net, jit_compile):
+def test_layers_train_as_with_a_plain_activity_regularizer(net):
     require_native()
-    if jit_compile:
-        require_xla()
-    fused = trained(net, True, jit_compile=jit_compile)
-    plain = trained(net, False, jit_compile=jit_compile)
+    fused, plain = trained(net), trained(net, ours=False, plain=True)
     assert_same_training(fused, plain, 2e-5)
-    assert [p.replace("_lbe", "") for p in fused[3]] == plain[3]
+    assert fused[3] == plain[3]
+
+
+@pytest.mark.parametrize("net", ["dense", "custom", "conv", "batch norm"])
+def test_layers_of_keras_train_so_under_xla(net):
+    require_native()
+    require_xla()
+    fused = trained(net, ours=False, jit=True)
+    plain = trained(net, ours=False, plain=True, jit=True)
+    assert_same_training(fused, plain, 2e-5)
 
 
 @pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16", "float64"])
 def test_layers_in_other_precisions(dtype):
     require_native()
     tolerance = 1e-10 if dtype == "float64" else 2e-2
-    fused, plain = trained("dense", True, dtype), trained("dense", False, dtype)
+    fused = trained("dense", dtype=dtype)
+    plain = trained("dense", ours=False, plain=True, dtype=dtype)
     assert_same_training(fused, plain, tolerance)
 
 
@@ -342,26 +383,136 @@ def test_lora():
             if isinstance(layer, keras.layers.Dense) and layer.units == 6:
                 layer.enable_lora(2)
 
-    fused, plain = (
-        trained("dense", True, change=enable),
-        trained("dense", False, change=enable),
-    )
+    fused = trained("dense", change=enable)
+    plain = trained("dense", ours=False, plain=True, change=enable)
     assert_same_training(fused, plain, 2e-5)
 
 
-def op_types(layer, training):
-    inputs = keras.Input((5,))
+def op_types(layer, shape=(5,), training=True):
+    inputs = keras.Input(shape)
     model = LBEModel(inputs, layer(inputs))
     function = tf.function(lambda x: model(x, training=training))
-    graph = function.get_concrete_function(tf.zeros((4, 5))).graph
+    graph = function.get_concrete_function(tf.zeros((4, *shape))).graph
     return {op.type for op in graph.get_operations()}
 
 
-def test_where_the_epilogue_is():
+@pytest.mark.parametrize("ours", [False, True])
+def test_where_the_epilogue_is(ours):
     """In training only: what is exported runs without the library."""
     require_native()
-    in_training = op_types(Dense_LBE(6, activation="relu"), True)
+    in_training = op_types(dense(ours, "relu"))
     assert "LBE>Epilogue" in in_training
-    assert not in_training & {"LBE>BatchEntropy", "Relu", "BiasAdd"}
-    assert "LBE>Epilogue" in op_types(Dense_LBE(6, activation=swish), True)
-    assert not any(t.startswith("LBE") for t in op_types(Dense_LBE(6), False))
+    assert not in_training & {"LBE>BatchEntropy", "Relu", "BiasAdd", "AddV2"}
+    in_training = op_types(conv(ours, "relu"), (8, 8, 3))
+    assert not in_training & {"LBE>BatchEntropy", "Relu", "BiasAdd", "AddV2"}
+    assert not any(
+        t.startswith("LBE") for t in op_types(dense(ours, None), (5,), False)
+    )
+
+
+def test_where_the_tap_is():
+    class Twice(keras.layers.Dense):
+        def call(self, inputs):
+            return 2 * super().call(inputs)
+
+    class Unhashable:
+        __hash__ = None
+
+        def __call__(self, x):
+            return keras.ops.relu(x)
+
+    require_native()
+    shape = (3, 8, 8)
+    for layer in (
+        Dense_LBE(6, activation=swish),
+        Dense_LBE(6, activation=Unhashable()),
+        Conv2D_LBE(4, 3, data_format="channels_first"),
+        with_lbe(Twice(6)),
+        with_lbe(keras.layers.LayerNormalization()),
+    ):
+        types = op_types(layer, shape)
+        assert "LBE>Epilogue" in types
+        assert "LBE>BatchEntropy" not in types
+        assert types & {"BiasAdd", "AddV2", "Mul"}  # by the layer itself
+
+
+def test_a_call_that_somebody_else_replaced_is_left_alone():
+    require_native()
+    layer = dense(False, "relu")
+    call, calls = layer.call, []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return call(*args, **kwargs)
+
+    layer.call = counted
+    types = op_types(layer)
+    assert calls
+    assert "LBE>BatchEntropy" in types and "LBE>Epilogue" not in types
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # Keras' own
+def test_copies_of_a_layer_have_an_epilogue_of_their_own():
+    require_native()
+    layer = dense(False, "relu")
+    op_types(layer)
+    twin, anew = copy.deepcopy(layer), type(layer).from_config(layer.get_config())
+    for weights in (twin.kernel, twin.bias):
+        weights.assign(keras.ops.ones(weights.shape))
+    for clone in (twin, anew):
+        inputs = keras.Input((5,))
+        model = LBEModel(inputs, clone(inputs))
+        y = model(tf.ones((4, 5)), training=True)
+        (entry,) = y._lbe_record.entries
+        assert entry.regularizer is clone.activity_regularizer
+        products = tf.matmul(tf.ones((4, 5)), clone.kernel.value)
+        expected = tf.nn.relu(products + clone.bias.value)
+        np.testing.assert_allclose(y, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "activation, loss",
+    [("sigmoid", "binary_crossentropy"), ("softmax", "categorical_crossentropy")],
+)
+def test_losses_find_the_logits(activation, loss):
+    """Keras takes them in place of probabilities that have saturated."""
+    require_native()
+    x = 200 * np.random.default_rng(0).normal(size=(16, 5)).astype("float32")
+    y = np.eye(3, dtype="float32")[np.arange(16) % 3]
+    results = []
+    for plain in (False, True):
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((5,))
+        model = LBEModel(inputs, Dense_LBE(3, activation=activation, **UPPER)(inputs))
+        model.compile(keras.optimizers.SGD(0.1), loss)
+        with without_epilogues(plain):
+            logs = model.train_on_batch(x, y, return_dict=True)
+        results.append([logs["loss"], *model.get_weights()])
+    assert results[0][0] > 20  # clipped probabilities would give 16 at most
+    for fused, plain in zip(*results, strict=True):
+        np.testing.assert_allclose(fused, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_masks_stay():
+    class Masked(keras.layers.Layer):
+        def call(self, x):
+            y = 1.0 * x
+            y._keras_mask = mask
+            return y
+
+    class Net(LBEModel):
+        def __init__(self):
+            super().__init__()
+            self.masked = with_lbe(Masked())
+
+        def call(self, x):
+            y = self.masked(x)
+            assert y._keras_mask is mask
+            return y
+
+    require_native()
+    mask = tf.constant([[True, False]])
+    x = tf.constant(np.random.default_rng(0).normal(size=(4, 2, 3)), tf.float32)
+    y = Net()(x, training=True)
+    np.testing.assert_array_equal(y, x)
+    assert len(y._lbe_record.entries) == 1

@@ -112,6 +112,21 @@ def test_with_lbe_on_a_wrapper_that_calls_its_layer_by_itself():
     assert logs["lbe"] > 0
 
 
+def test_lbe_is_not_for_a_whole_model():
+    inputs = keras.Input((5,))
+    block = keras.Sequential([keras.layers.Dense(3)], name="block")
+    first = keras.layers.Dense(5)
+    model = keras.Model(inputs, block(first(inputs)))
+    for call in (
+        lambda: with_lbe(block),
+        lambda: with_lbe(model),
+        lambda: add_lbe(model, [first.name, "block"]),
+    ):
+        with pytest.raises(ValueError, match="Put it on the last layer"):
+            call()
+    assert first.activity_regularizer is block.activity_regularizer is None
+
+
 def test_with_lbe_keeps_what_is_there():
     layer = keras.layers.Dense(4, activity_regularizer=keras.regularizers.L2(0.5))
     with_lbe(layer)

@@ -123,7 +123,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(group, "width", "units or filters of each")
     add(group, "kernel_size", "of convolutions")
     add(group, "activation", "any of Keras")
-    add(group, "initializer", "of the hidden layers' kernels, any of Keras")
+    add(
+        group,
+        "initializer",
+        "of the hidden layers' kernels: looks_linear, or any of Keras",
+    )
     add(group, "dtype", "dtype policy", choices=settings_module.DTYPES)
     group = parser.add_argument_group("LBE")
     add(group, "lbe_alpha", "entropy to aim at, trained from this value")

@@ -10,7 +10,9 @@ import numpy as np
 import tensorflow as tf
 
 import lbe_ops
+from lbe_ops.experiments import settings as settings_module
 from lbe_ops.experiments.errors import ExperimentError
+from lbe_ops.experiments.looks_linear import LooksLinear
 from lbe_ops.experiments.settings import Settings
 from lbe_ops.layers import Conv2D_LBE, Dense_LBE
 from lbe_ops.model import LBEModel
@@ -50,7 +52,7 @@ def build(
         inputs
     )
     for number, seed in enumerate(seeds[:-1], start=1):
-        x = _hidden(settings, lbe, int(seed), f"hidden_{number}")(x)
+        x = _hidden(settings, lbe, number, int(seed))(x)
     if settings.model == "conv":
         x = keras.layers.GlobalMaxPooling2D(dtype=settings.dtype)(x)
     logits = keras.layers.Dense(
@@ -128,11 +130,13 @@ def _regularizer(settings: Settings) -> keras.layers.Layer:
     return LBERegularizer(settings.lbe_alpha, settings.lbe_alpha_min, settings.lbe_beta)
 
 
-def _hidden(settings: Settings, lbe: bool, seed: int, name: str) -> keras.layers.Layer:
+def _hidden(
+    settings: Settings, lbe: bool, number: int, seed: int
+) -> keras.layers.Layer:
     arguments = {
         "activation": settings.activation,
-        "kernel_initializer": _initializer(settings.initializer, seed),
-        "name": name,
+        "kernel_initializer": _initializer(settings.initializer, number, seed),
+        "name": f"hidden_{number}",
         "dtype": settings.dtype,
     }
     if lbe:
@@ -149,8 +153,10 @@ def _hidden(settings: Settings, lbe: bool, seed: int, name: str) -> keras.layers
     return conv(settings.width, settings.kernel_size, padding="same", **arguments)
 
 
-def _initializer(name: str, seed: int) -> keras.initializers.Initializer:
+def _initializer(name: str, number: int, seed: int) -> keras.initializers.Initializer:
     """The named initializer with a seed of its own, where it takes one."""
+    if name == settings_module.LOOKS_LINEAR:
+        return LooksLinear(first=number == 1, seed=seed)
     initializer = keras.initializers.get(name)
     config = initializer.get_config()
     if "seed" in config:

@@ -27,7 +27,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
 
 demo: $(PACKAGE) ## train 200 layers with and without LBE, plots and a short benchmark
-	$(BIN)/lbe-ops train
+	$(BIN)/lbe-ops train --preset demo
 	$(BIN)/python benchmarks/bench_op.py --quick --output results/demo/benchmark
 
 # In tests/, where `import lbe_ops` cannot mean the source folder.

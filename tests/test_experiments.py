@@ -19,6 +19,7 @@ import pytest
 import lbe_ops
 from lbe_ops.experiments import command, data, nets, plots, results
 from lbe_ops.experiments.errors import ExperimentError
+from lbe_ops.experiments.looks_linear import LooksLinear
 from lbe_ops.experiments.settings import PRESETS, Settings
 
 # Keras' own conversion of variables for .weights.h5, under NumPy 2.
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 TINY = (
     "--depth 2 --width 8 --epochs 3 --batch-size 64 --learning-rate 0.01 "
-    "--schedule constant"
+    "--schedule constant --initializer glorot_uniform"
 )
 
 
@@ -186,14 +187,59 @@ def test_presets_and_overriding():
     assert port.lbe_strength == 1.5 / 512
     assert (port.learning_rate, port.beta_1, port.global_clipnorm) == (1e-4, 0.95, 1)
     assert port.schedule == "constant" and port.reduce_lr and port.lbe_input
-    assert Settings().default_name() == "demo"
-    assert Settings(epochs=3).default_name().startswith("digits-dense-200x64-")
+    assert Settings().default_name() == "mnist"
+    demo = Settings(**PRESETS["demo"])
+    assert (demo.data, demo.initializer) == ("digits", "glorot_uniform")
+    assert demo.default_name() == "demo"
+    shorter = Settings.from_mapping({**PRESETS["demo"], "epochs": 3})
+    assert shorter.default_name().startswith("digits-dense-200x64-")
     assert port.default_name() == "port-mnist"
     other = Settings.from_mapping({**PRESETS["port-mnist"], "depth": 4, "nets": []})
     assert (other.depth, other.width) == (4, 128)
     assert other.default_name().startswith("mnist-dense-4x128-")
     longer = Settings.from_mapping({**other.as_dict(), "epochs": 99})
     assert longer.default_name() == other.default_name()
+
+
+# The looks-linear initializer
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("inputs", "units"), [(6, 10), (10, 6), (8, 8)])
+def test_looks_linear_kernels_are_mirrored_and_orthogonal(first, inputs, units):
+    kernel = np.array(LooksLinear(first=first, seed=3)((inputs, units), "float64"))
+    left, right = np.split(kernel, 2, axis=1)
+    np.testing.assert_array_equal(left, -right)
+    if not first:
+        upper, lower = np.split(left, 2)
+        np.testing.assert_array_equal(upper, -lower)
+        left = upper
+    small = left if left.shape[0] < left.shape[1] else left.T
+    np.testing.assert_allclose(small @ small.T, np.eye(len(small)), atol=1e-12)
+    again = LooksLinear.from_config(LooksLinear(first=first, seed=3).get_config())
+    np.testing.assert_array_equal(again((inputs, units), "float64"), kernel)
+
+
+@pytest.mark.parametrize("model", ["dense", "conv"])
+def test_a_looks_linear_net_starts_as_a_linear_isometry(model):
+    """However deep: the pairs of the last layer hold the (float32) input, rotated."""
+    settings = Settings(
+        model=model, depth=60, width=16, dtype="float64", initializer="looks_linear"
+    )
+    shape = (2, 3, 1) if model == "dense" else (4, 4, 3)
+    net = nets.build(settings, shape, 2, lbe=False)
+    last = keras.Model(net.input, net.get_layer("hidden_60").output)
+    x = np.random.default_rng(0).normal(size=(5, *shape))
+    positive, negative = np.split(np.array(last(x)), 2, axis=-1)
+    linear = (positive - negative).reshape(5, -1)
+    flat = x.reshape(5, -1)
+    np.testing.assert_allclose(linear @ linear.T, flat @ flat.T, rtol=1e-5, atol=1e-5)
+
+
+def test_looks_linear_needs_pairs():
+    for first, shape in ((True, (4, 3)), (False, (3, 4))):
+        with pytest.raises(ValueError, match=r"must be even. Received: a kernel of"):
+            LooksLinear(first=first)(shape)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +259,7 @@ def test_presets_and_overriding():
         ("--initializer constant", "--initializer must be one that Keras knows"),
         ("--model conv --initializer identity", "--initializer identity with"),
         ("--activation glu", "--initializer glorot_uniform with --activation glu"),
+        ("--initializer looks_linear --width 7", "--initializer looks_linear with"),
     ],
 )
 def test_bad_arguments_end_in_one_line(run, arguments, message):
@@ -258,7 +305,7 @@ def test_required_native_op_that_is_not_there_is_told(run, monkeypatch):
 
 @pytest.mark.parametrize("model", ["dense", "conv"])
 def test_initial_weights_are_those_without_lbe(model):
-    settings = Settings(depth=4, width=5, model=model, lbe_input=True)
+    settings = Settings(depth=4, width=6, model=model, lbe_input=True)
     plain = nets.build(settings, (6, 6, 1), 3, lbe=False)
     lbe = nets.build(settings, (6, 6, 1), 3, lbe=True)
     assert type(plain) is not type(lbe)
@@ -270,7 +317,7 @@ def test_initial_weights_are_those_without_lbe(model):
     hidden = [w.numpy() for w in plain.weights if w.path.startswith("hidden")]
     assert not np.array_equal(hidden[2], hidden[4])  # every layer has its own seed
     again = nets.build(
-        Settings(depth=4, width=5, model=model, seed=2), (6, 6, 1), 3, lbe=False
+        Settings(depth=4, width=6, model=model, seed=2), (6, 6, 1), 3, lbe=False
     )
     assert not np.array_equal(again.weights[0].numpy(), plain.weights[0].numpy())
 

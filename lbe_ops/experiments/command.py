@@ -28,7 +28,8 @@ DESCRIPTION = """\
 Trains a deep plain network (no normalization, no shortcuts) with and without LBE and
 compares them: configuration, history, weights and plots go to a folder. The same
 command continues an interrupted run, to the same numbers. Without arguments: the
-preset `demo`, about two minutes on two cores.
+preset `mnist`, 500 layers, some 20 minutes for each net on two cores. `--preset demo`
+takes a few minutes and downloads nothing.
 """
 
 
@@ -46,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_group.add_argument(
         "--preset",
         choices=PRESETS,
-        help="settings to start from; arguments given override them (default: demo; "
-        "the defaults below are demo's)",
+        help="settings to start from; arguments given override them (default: mnist; "
+        "the defaults below are mnist's)",
     )
     nets = run_group.add_mutually_exclusive_group()
     for flag, names in (
@@ -108,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         group,
         "data",
-        "digits (offline), mnist, fashion_mnist, cifar10, cifar100, or an .npz with "
+        "mnist, digits (offline), fashion_mnist, cifar10, cifar100, or an .npz with "
         "x_train, y_train, x_test, y_test",
     )
     add(
@@ -265,7 +266,7 @@ def _start(
 ) -> tuple[RunFolder | None, Mapping[str, Any], list[str]]:
     """The folder to resume, the settings to start from, and the nets to train."""
     if given["resume"] is None:
-        return None, PRESETS[given["preset"] or "demo"], given["nets"] or list(NETS)
+        return None, PRESETS[given["preset"] or "mnist"], given["nets"] or list(NETS)
     for other in ("preset", "output", "name", "overwrite"):
         if given[other]:
             raise ExperimentError(f"--resume and --{other} exclude each other")

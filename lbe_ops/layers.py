@@ -92,11 +92,7 @@ class Conv2D_LBE(_LBE, keras.layers.Conv2D):
 
     Args:
         *args: as for `keras.layers.Conv2D`.
-        LBE_alpha: initial entropy to reach, in nats; trained (see `LBERegularizer`).
-        LBE_alpha_min: what it cannot fall below.
-        LBE_beta: weight of this layer's LBE.
-        activity_regularizer: one more activity regularizer, beside LBE; or an
-            `LBERegularizer`, which is then used as it is in place of `LBE_...`.
+        LBE_alpha, LBE_alpha_min, LBE_beta, activity_regularizer: as for `Dense_LBE`.
         **kwargs: as for `keras.layers.Conv2D`.
 
     Example:

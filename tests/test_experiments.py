@@ -253,7 +253,7 @@ def test_looks_linear_needs_pairs():
         ("--initializer he", "--initializer must be"),
         ("--clipnorm 1", "--clipnorm and --global-clipnorm exclude each other"),
         ("--data other.npz", "other.npz cannot be read: No such file"),
-        ("--schedule decay --reduce-lr", "--reduce-lr needs --schedule constant"),
+        ("--schedule cosine --reduce-lr", "--reduce-lr needs --schedule constant"),
         ("--resume somewhere", "--resume and --output exclude each other"),
         ("--initializer stft", "--initializer stft with --activation relu makes no"),
         ("--initializer constant", "--initializer must be one that Keras knows"),
@@ -480,6 +480,7 @@ RESUMED = {
     "plateau": "--lbe --depth 3 --reduce-lr --reduce-lr-patience 1 --learning-rate 0.2",
     "sgd": "--no-lbe --optimizer sgd --momentum 0.9",
     "decay": "--lbe --lbe-input --schedule decay",
+    "cosine": "--no-lbe --schedule cosine",
     "adamw": "--lbe --optimizer adamw --native never --steps-per-execution 2",
     "float16": "--lbe --dtype mixed_float16",
     "conv": "--lbe --model conv",
@@ -517,6 +518,11 @@ def test_interrupted_run_ends_with_the_same_numbers(run, tmp_path, monkeypatch, 
     if case == "plateau":
         rates = [row["learning_rate"] for row in history(whole, net)]
         assert len(set(rates)) > 1
+    if case == "cosine":
+        rates = [row["learning_rate"] for row in history(whole, net)]
+        half = 0.5**0.5
+        expected = [0.01, 0.005 * (1 + half), 0.005, 0.005 * (1 - half)]
+        assert rates == pytest.approx(expected)
     if case == "decay":
         rates = [row["learning_rate"] for row in history(whole, net)]
         assert rates == pytest.approx([0.01, 0.01, 0.01, 0.01 * 0.25 / 0.4])

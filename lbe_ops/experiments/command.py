@@ -154,7 +154,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         group,
         "schedule",
-        "learning rate: constant, or that for 60 %% of the epochs and then down to 0",
+        "learning rate: constant; decay: that for 60 %% of the epochs, then linearly "
+        "to 0; cosine: half a cosine down to 0; both change it between epochs",
         choices=settings_module.SCHEDULES,
     )
     add(group, "reduce_lr", "reduce the learning rate when val_loss stalls")

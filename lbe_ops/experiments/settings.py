@@ -18,7 +18,7 @@ from lbe_ops.experiments.errors import ExperimentError
 MODELS = ("dense", "conv")
 SCALINGS = ("unit", "symmetric")
 OPTIMIZERS = ("adam", "adamw", "sgd")
-SCHEDULES = ("constant", "decay")
+SCHEDULES = ("constant", "decay", "cosine")
 NATIVE_MODES = {"auto": None, "require": True, "never": False}
 LOOKS_LINEAR = "looks_linear"  # see looks_linear.py
 DTYPES = ("float32", "float64", "mixed_float16", "mixed_bfloat16")
@@ -54,13 +54,13 @@ class Settings:
     weight_decay: float = 4e-3
     global_clipnorm: float = 1.0
     clipnorm: float = 0.0
-    schedule: str = "decay"
+    schedule: str = "cosine"
     reduce_lr: bool = False
     reduce_lr_patience: int = 10
     reduce_lr_factor: float = 0.5
     reduce_lr_min: float = 1e-7
     batch_size: int = 512
-    epochs: int = 12
+    epochs: int = 15
     seed: int = 1
     steps_per_execution: int = 1
 
@@ -86,7 +86,7 @@ class Settings:
                 "--clipnorm and --global-clipnorm exclude each other; switch one off "
                 "with 0"
             )
-        if self.reduce_lr and self.schedule == "decay":
+        if self.reduce_lr and self.schedule != "constant":
             raise ExperimentError("--reduce-lr needs --schedule constant")
         for name, known in (
             ("scaling", SCALINGS),
@@ -164,6 +164,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "width": 64,
         "initializer": "glorot_uniform",
         "learning_rate": 3e-4,
+        "schedule": "decay",
         "batch_size": 128,
         "epochs": 150,
     },

@@ -18,6 +18,12 @@ from lbe_ops.experiments.settings import Settings
 # Measured on 2 cores; only for telling the user how long to wait.
 SECONDS_PER_LAYER = {False: 0.07, True: 0.12}
 
+# Factors of the learning rate, by the share of the epochs that are done.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "decay": lambda done: min(1.0, (1 - done) / 0.4),
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
+
 
 def train(
     settings: Settings,
@@ -56,10 +62,9 @@ def train(
     callback = _FirstStep(say)
     for epoch in range(first, settings.epochs):
         started = time.perf_counter()
-        if settings.schedule == "decay":
-            net.optimizer.learning_rate = settings.learning_rate * _decay(
-                epoch / settings.epochs
-            )
+        if settings.schedule in SCHEDULES:
+            factor = SCHEDULES[settings.schedule](epoch / settings.epochs)
+            net.optimizer.learning_rate = settings.learning_rate * factor
         order = np.random.default_rng((settings.seed, epoch)).permutation(
             len(data.x_train)
         )
@@ -85,11 +90,6 @@ def train(
         say(_line(progress, settings.epochs))
     folder.write_history(progress.rows)
     folder.finish(net, before, nets.entropies(net, sample))
-
-
-def _decay(progress: float) -> float:
-    """Factor of the learning rate: 1 for 60 % of the epochs, then linearly to 0."""
-    return min(1.0, (1 - progress) / 0.4)
 
 
 class _FirstStep(keras.callbacks.Callback):

@@ -672,9 +672,10 @@ struct GradientArguments {
   const Element* dy;  // may be dx
   Activation activation;
   Scalar alpha;
-  Scalar* sums;  // [rows / kSumRows, units], rounded up; of kBiasEpilogue
-  Element*
-      dbias;  // where the only row of sums is written in its place, or null
+  // Of kBiasEpilogue: [rows / kSumRows, units], rounded up; its only row goes
+  // to dbias unless that is null.
+  Scalar* sums;
+  Element* dbias;
 };
 
 // Rows that a thread has in flight, fewer where each is read in many pieces,

@@ -405,16 +405,22 @@ class Maker<Element, kVector, true> {
   __device__ Maker(const EpilogueArguments<Element>& arguments,
                    const Pieces<kVector>& pieces, int64_t first)
       : arguments_(arguments) {
-    if (arguments.bias == nullptr) return;
+    // Each thread has a place of its own; no register is left for it.
+    constexpr int kPieces = kColumns<Element> / kVector;
+    LBE_SHARED(PackedPiece, shared, kThreads * kPieces);
+    bias_ = shared + Thread();
 #pragma unroll
-    for (int piece = 0; piece < kColumns<Element> / kVector; ++piece) {
-      if (!pieces.inside(piece)) continue;
-      int64_t channel = (first + pieces.column(piece)) % arguments.channels;
+    for (int piece = 0; piece < kPieces; ++piece) {
+      Piece bias = {};
+      if (arguments.bias != nullptr && pieces.inside(piece)) {
+        int64_t channel = (first + pieces.column(piece)) % arguments.channels;
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        bias_[piece].elements[i] = arguments.bias[channel];
-        channel = channel + 1 == arguments.channels ? 0 : channel + 1;
+        for (int i = 0; i < kVector; ++i) {
+          bias.elements[i] = arguments.bias[channel];
+          channel = channel + 1 == arguments.channels ? 0 : channel + 1;
+        }
       }
+      bias_[piece * kThreads] = BitCast<PackedPiece>(bias);
     }
   }
 
@@ -428,12 +434,13 @@ class Maker<Element, kVector, true> {
     Element* to = arguments_.y + offset;
     ForEachRow<1>(values, [&](int r, auto* row) {
       if (r >= rows) return;
-      const auto z = BitCast<Vector<Element, kVector>>(*row);
+      const Piece z = BitCast<Piece>(*row);
+      const Piece bias = BitCast<Piece>(bias_[piece * kThreads]);
       Scalar y[kVector];
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         y[i] = Numbers<Element>::Load(z.elements[i]) +
-               Numbers<Element>::Load(bias_[piece].elements[i]);
+               Numbers<Element>::Load(bias.elements[i]);
       }
       WithActivation(arguments_.activation, [&](auto activation) {
 #pragma unroll
@@ -441,15 +448,18 @@ class Maker<Element, kVector, true> {
           y[i] = Activate<activation.value>(y[i], arguments_.alpha);
         }
       });
-      *row = BitCast<Packed<sizeof(z)>>(RoundVector<Element>(y));
-      *reinterpret_cast<Packed<sizeof(z)>*>(to) = *row;
+      *row = BitCast<PackedPiece>(RoundVector<Element>(y));
+      *reinterpret_cast<PackedPiece*>(to) = *row;
       to += pitch;
     });
   }
 
  private:
+  using Piece = Vector<Element, kVector>;
+  using PackedPiece = Packed<sizeof(Piece)>;
+
   const EpilogueArguments<Element>& arguments_;
-  Vector<Element, kVector> bias_[kColumns<Element> / kVector] = {};
+  PackedPiece* bias_;
 };
 
 // Moments of leaf rows [0, rows) of the columns of a thread, of what `make`
@@ -537,17 +547,17 @@ __global__ void __launch_bounds__(
 
   Moments<Scalar> node[kCount] = {};
   Moments<Scalar> stack[kRunLevels][kCount];
-  int64_t offset = own_first * cut.units + tile_column;
 #pragma unroll 1
   for (int k = 0; k * kLeafRows < own_rows; ++k) {
     const int rows = min(own_rows - k * kLeafRows, kLeafRows);
+    const int64_t offset =
+        (own_first + k * kLeafRows) * cut.units + tile_column;
     if (!kEpilogue && rows == kLeafRows) {  // without a condition for each row
       LoadLeaf(x, offset, cut.units, kLeafRows, pieces, make, node);
     } else {
       LoadLeaf(x, offset, cut.units, rows, pieces, make, node);
     }
     Push<0>(k, (k + 1) * kLeafRows >= own_rows, rows, stack, node);
-    offset += kLeafRows * cut.units;
   }
   const Moments<Scalar> moments =
       MergeGroups<kCount>(cut, place, pieces, first, node);

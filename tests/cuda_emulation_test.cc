@@ -405,8 +405,8 @@ int Main(bool quick) {
   // All ways through the kernels, in few blocks: one or many, one split or
   // many, vectors of each width, threads and groups with nothing to do.
   std::vector<Case> all = {
-      {3, 17, 1, 1}, {9, 66, 9, 0},  {70, 130, 9, 1},       {150, 128, 9, 0},
-      {40, 3, 1, 0}, {9, 264, 1, 0}, {70, 130, 9, 0, true}, {150, 130, 1, 0}};
+      {3, 17, 1, 1}, {9, 66, 9, 0},  {70, 130, 9, 1},       {150, 130, 1, 0},
+      {40, 3, 1, 0}, {9, 264, 1, 0}, {70, 130, 9, 0, true}, {150, 128, 9, 0}};
   if (!quick) {
     for (const Case& c : std::vector<Case>{{2, 1, 1, 0},
                                            {8, 16, 1, 0},

@@ -140,9 +140,9 @@ FAULTS = {
         "                           node);",
         ("none", "FAILED"),
     ),
-    "y of rows that there are not": (
-        "      if (r >= rows) return;\n      const auto z",
-        "      const auto z",
+    "y of a row too many": (
+        "if (r >= rows) return;",
+        "if (r > rows) return;",
         ("address", "heap-buffer-overflow"),
     ),
     "the bias of the neighbour": (

@@ -142,6 +142,14 @@ LBE_MATH V Derivative(const V& y, Scalar alpha) {
   }
 }
 
+// The gradient of a bias is the sum of dz, as it is before it is rounded, over
+// all rows and the units of a channel. Of each kSumRows rows of a unit, those
+// of a leaf one after the other, and PairwiseSum of the leaves; then in double
+// every kSumParts-th of these one after the other, those of the units of a
+// channel before those of the next rows, and what that makes by halves.
+constexpr int kSumRows = kLeafRows * kLeafRows;
+constexpr int kSumParts = 32;
+
 }  // namespace lbe
 
 #endif  // LBE_OPS_CC_ACTIVATIONS_H_

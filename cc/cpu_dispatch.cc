@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -225,40 +226,35 @@ void Forward(const Parallel& parallel, DType dtype, const void* x,
   SetScalar(dtype, sum / static_cast<double>(units), entropy);
 }
 
-// Adds up the rows [rows, units] of sums, pairwise, into the first.
+// Adds up the sums [count, channels] of a bias's gradient into the first ones,
+// in the order of activations.h.
 template <typename Scalar>
-void AddRows(const Parallel& parallel, int64_t rows, int64_t units,
+void AddSums(const Parallel& parallel, int64_t count, int64_t channels,
              Scalar* sums) {
-  constexpr int64_t kColumns = 4096;
-  Run(parallel, CeilDiv(units, kColumns), rows * units * sizeof(Scalar),
+  constexpr int64_t kAtOnce = 64;
+  Run(parallel, CeilDiv(channels, kAtOnce), count * channels * sizeof(Scalar),
       [&](int64_t item) {
-        const int64_t begin = item * kColumns;
-        const int64_t end = std::min(begin + kColumns, units);
-        for (int64_t step = 1; step < rows; step *= 2) {
-          for (int64_t row = 0; row + step < rows; row += 2 * step) {
-            Scalar* left = sums + row * units;
-            const Scalar* right = left + step * units;
-            for (int64_t u = begin; u < end; ++u) left[u] += right[u];
+        const int64_t begin = item * kAtOnce;
+        const int64_t width = std::min(kAtOnce, channels - begin);
+        const int64_t parts = std::min<int64_t>(kSumParts, count);
+        std::array<double, kAtOnce> totals[kSumParts];
+        std::fill_n(totals, parts, std::array<double, kAtOnce>{});
+        for (int64_t i = 0; i < count; ++i) {
+          const Scalar* from = sums + i * channels + begin;
+          auto& to = totals[i % kSumParts];
+          for (int64_t c = 0; c < width; ++c) to[c] += from[c];
+        }
+        for (int64_t half = kSumParts / 2; half > 0; half /= 2) {
+          for (int64_t i = half; i < std::min(2 * half, parts); ++i) {
+            for (int64_t c = 0; c < width; ++c) {
+              totals[i - half][c] += totals[i][c];
+            }
           }
         }
+        for (int64_t c = 0; c < width; ++c) {
+          sums[begin + c] = static_cast<Scalar>(totals[0][c]);
+        }
       });
-}
-
-// The sums of all positions of a channel, to the first `channels` sums.
-template <typename Scalar>
-void AddPositions(int64_t units, int64_t channels, Scalar* sums) {
-  constexpr int64_t kAtOnce = 64;
-  for (int64_t begin = 0; begin < channels; begin += kAtOnce) {
-    const int64_t count = std::min(kAtOnce, channels - begin);
-    double totals[kAtOnce] = {};
-    for (int64_t position = 0; position < units; position += channels) {
-      const Scalar* from = sums + position + begin;
-      for (int64_t c = 0; c < count; ++c) totals[c] += from[c];
-    }
-    for (int64_t c = 0; c < count; ++c) {
-      sums[begin + c] = static_cast<Scalar>(totals[c]);
-    }
-  }
 }
 
 }  // namespace
@@ -356,9 +352,8 @@ void EpilogueGradCpu(const Parallel& parallel, DType dtype, const void* dy,
   });
   if (sums == nullptr) return;
   const auto add = [&](auto* typed) {
-    AddRows(parallel, CeilDiv(rows, kSumRows), units, typed);
-    FloatingPointMode mode;
-    AddPositions(units, epilogue.channels, typed);
+    AddSums(parallel, CeilDiv(rows, kSumRows) * (units / epilogue.channels),
+            epilogue.channels, typed);
   };
   if (loops.result_bytes == sizeof(double)) {
     add(static_cast<double*>(sums));

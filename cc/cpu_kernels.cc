@@ -588,16 +588,10 @@ struct Loops {
                                void* sums) {
     alignas(kLineBytes) Line mean[kGradientTile / kLanes];
     alignas(kLineBytes) Line slope[kGradientTile / kLanes];
-    alignas(kLineBytes) Line line_sums[kGradientTile / kLanes];
+    alignas(kLineBytes) Line leaf_sums[kLeafRows][kGradientTile / kLanes];
     Slopes(statistics, column, columns, mean, slope, nullptr);
-    for (int64_t begin = row; begin < row + rows; begin += kSumRows) {
-      const int64_t count = std::min(kSumRows, row + rows - begin);
-      if (sums != nullptr) {
-        for (int64_t c = 0; c < columns; c += kLanes)
-          line_sums[c / kLanes] = Line{};
-      }
-      const int64_t first = begin * o.units + column;
-      Line* const to = sums == nullptr ? nullptr : line_sums;
+    const auto run = [&](int64_t first_row, int64_t count, Line* to) {
+      const int64_t first = first_row * o.units + column;
       switch (o.epilogue->activation) {
 #define LBE_ACTIVATION(name, keras_name)                                   \
   case Activation::name:                                                   \
@@ -607,11 +601,27 @@ struct Loops {
         LBE_FOR_EACH_ACTIVATION(LBE_ACTIVATION)
 #undef LBE_ACTIVATION
       }
-      if (sums == nullptr) continue;
+    };
+    if (sums == nullptr) return run(row, rows, nullptr);
+    // In the order of activations.h; leaves without a row are 0.
+    const int64_t end = row + rows;
+    for (int64_t begin = row; begin < end; begin += kSumRows) {
+      for (int64_t leaf = 0; leaf < kLeafRows; ++leaf) {
+        const int64_t first = begin + leaf * kLeafRows;
+        for (int64_t c = 0; c < columns; c += kLanes) {
+          leaf_sums[leaf][c / kLanes] = Line{};
+        }
+        run(first, std::clamp<int64_t>(end - first, 0, kLeafRows),
+            leaf_sums[leaf]);
+      }
       Scalar* const row_sums =
           static_cast<Scalar*>(sums) + begin / kSumRows * o.units + column;
       for (int64_t c = 0; c < columns; c += kLanes) {
-        StoreResult(line_sums[c / kLanes], c, columns, row_sums);
+        Line of_leaves[kLeafRows];
+        for (int64_t leaf = 0; leaf < kLeafRows; ++leaf) {
+          of_leaves[leaf] = leaf_sums[leaf][c / kLanes];
+        }
+        StoreResult(PairwiseSum(of_leaves), c, columns, row_sums);
       }
     }
   }

@@ -19,9 +19,6 @@ namespace lbe {
 constexpr int64_t kTile = 2048;
 constexpr int64_t kPartRows = 8192;
 constexpr int64_t kGradientTile = 4096;
-// Gradients of a bias are added up over so many rows, one after the other, and
-// then pairwise.
-constexpr int64_t kSumRows = 64;
 
 // The operands of one gradient; see BatchEntropyGradCpu.
 struct GradientOperands {

@@ -147,6 +147,24 @@ int BatchEntropyGradCuda(void* stream, DType dtype, const void* x, int64_t rows,
                          const void* variance_grad, void* dx,
                          int blocks = kCudaBlocks);
 
+// `valid` as above. Workspace: that of BatchEntropyForwardCuda.
+int EpilogueForwardCuda(void* stream, DType dtype, const void* z,
+                        const Epilogue& epilogue, int64_t rows, int64_t units,
+                        const Formula& formula, void* workspace, void* y,
+                        void* mean, void* variance, void* entropy, void* valid,
+                        int blocks = kCudaBlocks);
+
+// Bytes of workspace, 16-byte aligned, for EpilogueGradCuda.
+int64_t EpilogueGradCudaWorkspace(DType dtype, const Epilogue& epilogue,
+                                  int64_t rows, int64_t units);
+
+int EpilogueGradCuda(void* stream, DType dtype, const void* dy, const void* y,
+                     const Epilogue& epilogue, int64_t rows, int64_t units,
+                     const Formula& formula, const void* mean,
+                     const void* variance, const void* entropy_grad,
+                     void* workspace, void* dz, void* dbias,
+                     int blocks = kCudaBlocks);
+
 // Writes zeros.
 int SetZeroCuda(void* stream, void* data, int64_t bytes);
 

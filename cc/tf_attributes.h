@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The attributes of LBE>BatchEntropy and LBE>BatchEntropyGrad, read and
+// The attributes of the ops, read and checked, and the shapes of their inputs,
 // checked.
 //
 // Called by the kernels of tf_ops.cc and by the lowerings of xla_ops.cc.
@@ -11,9 +11,12 @@
 #include <cmath>
 #include <string>
 
+#include "absl/container/inlined_vector.h"
 #include "absl/status/status.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/types/span.h"
 #include "kernels.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
@@ -50,7 +53,7 @@ inline absl::Status NumberAttr(tensorflow::OpKernelConstruction* context,
   return absl::OkStatus();
 }
 
-// What both ops have.
+// What all ops have.
 inline absl::Status ReadAttributes(tensorflow::OpKernelConstruction* context,
                                    DType* dtype, Formula* formula) {
   tensorflow::DataType type, result_type;
@@ -113,6 +116,67 @@ inline absl::Status SmallBatchError(const std::string& shape) {
       "of a single one is undefined, and at least one unit. Received: x of "
       "shape ",
       shape);
+}
+
+// The shape of an input, and those of all inputs of an op.
+using Dims = absl::InlinedVector<int64_t, 4>;
+using ManyDims = absl::InlinedVector<Dims, 6>;
+
+inline std::string ShapeText(absl::Span<const int64_t> dims) {
+  return absl::StrCat("[", absl::StrJoin(dims, ","), "]");
+}
+
+// Of x, z or y.
+inline absl::Status CheckBatch(absl::Span<const int64_t> dims) {
+  if (!dims.empty()) return absl::OkStatus();
+  return InvalidArgument(
+      "activations must have shape [batch, ...]. Received: a scalar");
+}
+
+// REQUIRES: z is a batch.
+inline absl::Status CheckBias(absl::Span<const int64_t> z,
+                              absl::Span<const int64_t> bias) {
+  if (bias == z.subspan(z.size() - 1)) return absl::OkStatus();
+  return InvalidArgument(
+      "bias must have one entry for each channel, the last dimension of z. "
+      "Received: z ",
+      ShapeText(z), ", bias ", ShapeText(bias));
+}
+
+// The inputs of LBE>BatchEntropyGrad: x, mean, variance, entropy_grad, and the
+// gradients of mean and variance or none; `first` is the place of x.
+inline absl::Status CheckGradInputs(absl::Span<const Dims> inputs,
+                                    size_t first = 0) {
+  TF_RETURN_IF_ERROR(CheckBatch(inputs[first]));
+  const size_t statistic_grads = inputs.size() - first - 4;
+  if (statistic_grads != 0 && statistic_grads != 2) {
+    return InvalidArgument(
+        "statistic_grads must be empty or the gradients of mean and variance. "
+        "Received: ",
+        statistic_grads, " tensors");
+  }
+  const absl::Span<const int64_t> sample =
+      absl::MakeConstSpan(inputs[first]).subspan(1);
+  for (size_t i = first + 1; i < inputs.size(); ++i) {
+    const bool scalar = i == first + 3;
+    const auto expected = scalar ? absl::Span<const int64_t>() : sample;
+    if (inputs[i] != expected) {
+      return InvalidArgument(
+          "input ", i, " must have the shape ", ShapeText(expected),
+          scalar ? "" : " of one sample", ". Received: ", ShapeText(inputs[i]));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Those of LBE>EpilogueGrad: dy, and then y as x above.
+inline absl::Status CheckEpilogueGradInputs(absl::Span<const Dims> inputs) {
+  if (inputs[0] != inputs[1]) {
+    return InvalidArgument("dy must have the shape of y, ",
+                           ShapeText(inputs[1]),
+                           ". Received: ", ShapeText(inputs[0]));
+  }
+  return CheckGradInputs(inputs, 1);
 }
 
 }  // namespace lbe

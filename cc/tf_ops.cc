@@ -239,17 +239,22 @@ class BatchEntropyKernel : public OpKernel {
   };
 
   static absl::Status SizesOf(const Tensor& x, Sizes* sizes) {
-    if (x.dims() < 1) {
-      return InvalidArgument(
-          "x must have shape [batch, ...]. Received: a scalar");
-    }
-    const auto dims = x.shape().dim_sizes();
+    const Dims dims = x.shape().dim_sizes();
+    TF_RETURN_IF_ERROR(CheckBatch(dims));
     sizes->rows = dims[0];
     // Not RemoveDim, which aborts where the product of the others overflows.
     TF_RETURN_IF_ERROR(TensorShape::BuildTensorShape(
         absl::MakeConstSpan(dims).subspan(1), &sizes->unit_shape));
     sizes->units = sizes->unit_shape.num_elements();
     return absl::OkStatus();
+  }
+
+  static ManyDims InputDims(OpKernelContext* context) {
+    ManyDims inputs;
+    for (int i = 0; i < context->num_inputs(); ++i) {
+      inputs.push_back(context->input(i).shape().dim_sizes());
+    }
+    return inputs;
   }
 
   DType dtype_;
@@ -284,9 +289,15 @@ class Cpu {
     BatchEntropyGradCpu(parallel(), arguments...);
     return absl::OkStatus();
   }
-  template <typename... Arguments>
-  absl::Status EpilogueForward(const Arguments&... arguments) const {
-    EpilogueForwardCpu(parallel(), arguments...);
+  absl::Status EpilogueForward(DType dtype, const void* z,
+                               const Epilogue& epilogue, int64_t rows,
+                               int64_t units, const Formula& formula,
+                               void* workspace, void* y, void* mean,
+                               void* variance, void* entropy,
+                               void* valid) const {
+    SetScalar(dtype, 1, valid);
+    EpilogueForwardCpu(parallel(), dtype, z, epilogue, rows, units, formula,
+                       workspace, y, mean, variance, entropy);
     return absl::OkStatus();
   }
   template <typename... Arguments>
@@ -338,6 +349,18 @@ class Gpu {
   template <typename... Arguments>
   absl::Status Gradient(const Arguments&... arguments) const {
     return Status(BatchEntropyGradCuda(stream_, arguments...));
+  }
+  template <typename... Arguments>
+  absl::Status EpilogueForward(const Arguments&... arguments) const {
+    return Status(EpilogueForwardCuda(stream_, arguments...));
+  }
+  template <typename... Arguments>
+  int64_t EpilogueGradientWorkspace(const Arguments&... arguments) const {
+    return EpilogueGradCudaWorkspace(arguments...);
+  }
+  template <typename... Arguments>
+  absl::Status EpilogueGradient(const Arguments&... arguments) const {
+    return Status(EpilogueGradCuda(stream_, arguments...));
   }
 
  private:
@@ -407,23 +430,7 @@ class BatchEntropyGradOp : public BatchEntropyKernel {
     const Tensor& x = context->input(0);
     Sizes sizes;
     OP_REQUIRES_OK(context, SizesOf(x, &sizes));
-    OP_REQUIRES(
-        context, context->input(3).dims() == 0,
-        InvalidArgument("entropy_grad must be a scalar. Received: shape ",
-                        context->input(3).shape().DebugString()));
-    const int inputs = context->num_inputs();
-    OP_REQUIRES(
-        context, inputs == 4 || inputs == 6,
-        InvalidArgument("statistic_grads must be empty or the gradients of "
-                        "mean and variance. Received: ",
-                        inputs - 4, " tensors"));
-    for (int i = 1; i < inputs; ++i) {
-      OP_REQUIRES(
-          context, i == 3 || context->input(i).shape() == sizes.unit_shape,
-          InvalidArgument("input ", i, " must have the shape of one sample, ",
-                          sizes.unit_shape.DebugString(), ". Received: ",
-                          context->input(i).shape().DebugString()));
-    }
+    OP_REQUIRES_OK(context, CheckGradInputs(InputDims(context)));
     Tensor* dx;
     OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
                                 {0}, 0, x.shape(), &dx));
@@ -489,13 +496,8 @@ class EpilogueOp : public EpilogueKernel {
     const void* bias = nullptr;
     if (has_bias_) {
       const Tensor& tensor = context->input(1);
-      OP_REQUIRES(
-          context,
-          tensor.dims() == 1 && tensor.dim_size(0) == z.dim_size(z.dims() - 1),
-          InvalidArgument("bias must have one entry for each channel, "
-                          "the last dimension of z. Received: z ",
-                          z.shape().DebugString(), ", bias ",
-                          tensor.shape().DebugString()));
+      OP_REQUIRES_OK(context, CheckBias(z.shape().dim_sizes(),
+                                        tensor.shape().dim_sizes()));
       bias = tensor.data();
     }
     Tensor *y, *entropy, *mean, *variance, *valid;
@@ -528,13 +530,15 @@ class EpilogueOp : public EpilogueKernel {
                                             dtype_, sizes.rows, sizes.units)}),
                                         &workspace));
     void* const y_data = y->data();
-    OP_REQUIRES_OK(context,
-                   device.EpilogueForward(
-                       dtype_, z.data(), EpilogueOf(z, bias), sizes.rows,
-                       sizes.units, FormulaOf(sizes), workspace.data(), y_data,
-                       mean->data(), variance->data(), entropy->data()));
-    SetScalar(dtype_, sizes.enough(), valid->data());
-    if (!sizes.enough()) OP_REQUIRES_OK(context, device.SetZero(entropy));
+    OP_REQUIRES_OK(
+        context, device.EpilogueForward(dtype_, z.data(), EpilogueOf(z, bias),
+                                        sizes.rows, sizes.units,
+                                        FormulaOf(sizes), workspace.data(),
+                                        y_data, mean->data(), variance->data(),
+                                        entropy->data(), valid->data()));
+    if (sizes.enough()) return;
+    OP_REQUIRES_OK(context, device.SetZero(entropy));
+    OP_REQUIRES_OK(context, device.SetZero(valid));
   }
 };
 
@@ -548,21 +552,7 @@ class EpilogueGradOp : public EpilogueKernel {
     const Tensor& y = context->input(1);
     Sizes sizes;
     OP_REQUIRES_OK(context, SizesOf(y, &sizes));
-    OP_REQUIRES(context, dy.shape() == y.shape(),
-                InvalidArgument("dy must have the shape of y, ",
-                                y.shape().DebugString(),
-                                ". Received: ", dy.shape().DebugString()));
-    for (int i : {2, 3}) {
-      OP_REQUIRES(context, context->input(i).shape() == sizes.unit_shape,
-                  InvalidArgument(
-                      "input ", i, " must have the shape of one sample, ",
-                      sizes.unit_shape.DebugString(),
-                      ". Received: ", context->input(i).shape().DebugString()));
-    }
-    OP_REQUIRES(
-        context, context->input(4).dims() == 0,
-        InvalidArgument("entropy_grad must be a scalar. Received: shape ",
-                        context->input(4).shape().DebugString()));
+    OP_REQUIRES_OK(context, CheckEpilogueGradInputs(InputDims(context)));
     Tensor *dz, *dbias = nullptr;
     OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
                                 {0}, 0, y.shape(), &dz));
@@ -610,23 +600,15 @@ class EpilogueGradOp : public EpilogueKernel {
       BatchEntropyOp<launchers>);                                            \
   REGISTER_KERNEL_BUILDER(                                                   \
       Name("LBE>BatchEntropyGrad").Device(device).TypeConstraint("T", type), \
-      BatchEntropyGradOp<launchers>);
+      BatchEntropyGradOp<launchers>);                                        \
+  REGISTER_KERNEL_BUILDER(                                                   \
+      Name("LBE>Epilogue").Device(device).TypeConstraint("T", type),         \
+      EpilogueOp<launchers>);                                                \
+  REGISTER_KERNEL_BUILDER(                                                   \
+      Name("LBE>EpilogueGrad").Device(device).TypeConstraint("T", type),     \
+      EpilogueGradOp<launchers>);
 #define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
   LBE_REGISTER(tensorflow::DEVICE_CPU, Cpu, tensorflow::tensorflow_name)
-LBE_FOR_EACH_DTYPE(LBE_DTYPE)
-#undef LBE_DTYPE
-
-#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
-  REGISTER_KERNEL_BUILDER(                                            \
-      Name("LBE>Epilogue")                                            \
-          .Device(tensorflow::DEVICE_CPU)                             \
-          .TypeConstraint("T", tensorflow::tensorflow_name),          \
-      EpilogueOp<Cpu>);                                               \
-  REGISTER_KERNEL_BUILDER(                                            \
-      Name("LBE>EpilogueGrad")                                        \
-          .Device(tensorflow::DEVICE_CPU)                             \
-          .TypeConstraint("T", tensorflow::tensorflow_name),          \
-      EpilogueGradOp<Cpu>);
 LBE_FOR_EACH_DTYPE(LBE_DTYPE)
 #undef LBE_DTYPE
 

@@ -67,6 +67,16 @@ PrimitiveType ResultType(DType dtype) {
   return dtype == DType::kFloat64 ? xla::F64 : xla::F32;
 }
 
+absl::StatusOr<ManyDims> InputDims(XlaOpKernelContext* context) {
+  ManyDims inputs;
+  for (int i = 0; i < context->num_inputs(); ++i) {
+    const absl::StatusOr<Shape> shape = context->InputXlaShape(i);
+    TF_RETURN_IF_ERROR(shape.status());
+    inputs.emplace_back(shape->dimensions().begin(), shape->dimensions().end());
+  }
+  return inputs;
+}
+
 // x in the type of the results, its sizes as scalars of that type, and what
 // every lowering does with them. A size is a constant unless XLA knows a bound
 // of it only (after tf.boolean_mask, for one).
@@ -231,9 +241,7 @@ class BatchEntropyLowering : public StatisticsLowering {
   void Compile(XlaOpKernelContext* context) override {
     const absl::StatusOr<Shape> shape = context->InputXlaShape(0);
     OP_REQUIRES_OK(context, shape.status());
-    OP_REQUIRES(
-        context, !shape->dimensions().empty(),
-        InvalidArgument("x must have shape [batch, ...]. Received: a scalar"));
+    OP_REQUIRES_OK(context, CheckBatch(shape->dimensions()));
     const absl::StatusOr<Results> results =
         Statistics(context->Input(0), *shape, zero_small_batch_);
     OP_REQUIRES_OK(context, results.status());
@@ -265,7 +273,9 @@ class BatchEntropyGradLowering : public XlaOpKernel {
   void Compile(XlaOpKernelContext* context) override {
     const absl::StatusOr<Shape> shape = context->InputXlaShape(0);
     OP_REQUIRES_OK(context, shape.status());
-    OP_REQUIRES_OK(context, CheckInputs(context, *shape));
+    const absl::StatusOr<ManyDims> inputs = InputDims(context);
+    OP_REQUIRES_OK(context, inputs.status());
+    OP_REQUIRES_OK(context, CheckGradInputs(*inputs));
     const Activations a(context->Input(0), *shape, dtype_, formula_);
     XlaOp slope =
         EntropySlope(a, formula_, context->Input(2), context->Input(3));
@@ -285,33 +295,6 @@ class BatchEntropyGradLowering : public XlaOpKernel {
   }
 
  private:
-  static absl::Status CheckInputs(XlaOpKernelContext* context, const Shape& x) {
-    if (x.dimensions().empty()) {
-      return InvalidArgument(
-          "x must have shape [batch, ...]. Received: a scalar");
-    }
-    const int inputs = context->num_inputs();
-    if (inputs != 4 && inputs != 6) {
-      return InvalidArgument(
-          "statistic_grads must be empty or the gradients of mean and "
-          "variance. Received: ",
-          inputs - 4, " tensors");
-    }
-    for (int i = 1; i < inputs; ++i) {
-      const absl::StatusOr<Shape> shape = context->InputXlaShape(i);
-      TF_RETURN_IF_ERROR(shape.status());
-      const absl::Span<const int64_t> expected =
-          i == 3 ? absl::Span<const int64_t>() : x.dimensions().subspan(1);
-      if (shape->dimensions() != expected) {
-        return InvalidArgument(
-            "input ", i, " must have the shape ",
-            TensorShape(expected).DebugString(),
-            ". Received: ", TensorShape(shape->dimensions()).DebugString());
-      }
-    }
-    return absl::OkStatus();
-  }
-
   DType dtype_;
   Formula formula_;
 };
@@ -328,23 +311,14 @@ class EpilogueLowering : public StatisticsLowering {
   void Compile(XlaOpKernelContext* context) override {
     const absl::StatusOr<Shape> shape = context->InputXlaShape(0);
     OP_REQUIRES_OK(context, shape.status());
-    OP_REQUIRES(
-        context, !shape->dimensions().empty(),
-        InvalidArgument("z must have shape [batch, ...]. Received: a scalar"));
+    OP_REQUIRES_OK(context, CheckBatch(shape->dimensions()));
     const int64_t last = shape->dimensions().size() - 1;
     XlaOp z = xla::ConvertElementType(context->Input(0), ResultType(dtype_));
     if (context->num_inputs() == 2) {
       const absl::StatusOr<Shape> bias = context->InputXlaShape(1);
       OP_REQUIRES_OK(context, bias.status());
-      OP_REQUIRES(
-          context,
-          bias->dimensions() ==
-              absl::MakeConstSpan({shape->dimensions(static_cast<int>(last))}),
-          InvalidArgument(
-              "bias must have one entry for each channel, the last dimension "
-              "of z. Received: z ",
-              TensorShape(shape->dimensions()).DebugString(), ", bias ",
-              TensorShape(bias->dimensions()).DebugString()));
+      OP_REQUIRES_OK(context,
+                     CheckBias(shape->dimensions(), bias->dimensions()));
       z = xla::Add(
           z, xla::ConvertElementType(context->Input(1), ResultType(dtype_)),
           {last});
@@ -402,9 +376,9 @@ class EpilogueGradLowering : public XlaOpKernel {
   void Compile(XlaOpKernelContext* context) override {
     const absl::StatusOr<Shape> shape = context->InputXlaShape(1);
     OP_REQUIRES_OK(context, shape.status());
-    OP_REQUIRES(
-        context, !shape->dimensions().empty(),
-        InvalidArgument("y must have shape [batch, ...]. Received: a scalar"));
+    const absl::StatusOr<ManyDims> inputs = InputDims(context);
+    OP_REQUIRES_OK(context, inputs.status());
+    OP_REQUIRES_OK(context, CheckEpilogueGradInputs(*inputs));
     const Activations y(context->Input(1), *shape, dtype_, formula_);
     const XlaOp dy = xla::ConvertElementType(context->Input(0), y.type);
     const XlaOp share = xla::Mul(

@@ -3,9 +3,11 @@
 // The CUDA kernels and their launchers. Plain CUDA: no TensorFlow header.
 //
 // Statistics reads x once, leaf by leaf of the canonical tree, and writes the
-// moments of each split of the rows; Merge makes one of all splits; Gradient
-// reads x and writes dx. A block owns an aligned, power-of-two number of
-// leaves, so that its moments are a node of the tree: how the rows are split
+// moments of each split of the rows; MergeSplits makes one of all splits;
+// Gradient reads x and writes dx. With an epilogue, Statistics reads z and
+// makes y of it on the way, Gradient reads dy as well and adds up dz for the
+// bias, and SumBias finishes that. A block owns an aligned, power-of-two number
+// of leaves, so that its moments are a node of the tree: how the rows are split
 // never changes a bit of the result. No floating-point atomics; one integer
 // ticket says which block is the last, which then adds up in a fixed order.
 //
@@ -23,6 +25,7 @@
   kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
 #endif
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "kernels.h"
@@ -111,6 +114,50 @@ template <>
 struct alignas(2) Packed<2> {
   uint16_t word;
 };
+
+template <typename Element, int kVector>
+__device__ Vector<Element, kVector> RoundVector(
+    const typename Numbers<Element>::Scalar (&values)[kVector]) {
+  Vector<Element, kVector> rounded;
+  if constexpr (kVector == 1) {
+    rounded.elements[0] = Numbers<Element>::Round(values[0]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; i += 2) {
+      Numbers<Element>::RoundTwo(&values[i], &rounded.elements[i]);
+    }
+  }
+  return rounded;
+}
+
+// Calls body(r, &rows[r]) for each row, one after the other, kUnroll of them in
+// the code. The rows move up in between, so that they stay in registers
+// wherever the loop is.
+template <int kUnroll, int kRows, typename Row, typename Body>
+__device__ __forceinline__ void ForEachRow(Row (&rows)[kRows],
+                                           const Body& body) {
+#pragma unroll kUnroll
+  for (int r = 0; r < kRows; ++r) {
+    Row row = rows[0];
+#pragma unroll
+    for (int i = 1; i < kRows; ++i) rows[i - 1] = rows[i];
+    body(r, &row);
+    rows[kRows - 1] = row;
+  }
+}
+
+// Calls `body` with the activation as a constant. All threads branch alike.
+template <typename Body>
+__device__ __forceinline__ void WithActivation(Activation activation,
+                                               const Body& body) {
+  switch (activation) {
+#define LBE_ACTIVATION(name, keras_name) \
+  case Activation::name:                 \
+    return body(std::integral_constant<Activation, Activation::name>());
+    LBE_FOR_EACH_ACTIVATION(LBE_ACTIVATION)
+#undef LBE_ACTIVATION
+  }
+}
 
 __host__ __device__ constexpr int64_t CeilDiv(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -332,31 +379,119 @@ struct Partials {
   unsigned* ticket;
 };
 
-// Moments of leaf rows [0, rows) of the columns of a thread; x is the tile's
-// first row.
-template <typename Element, int kVector, typename Scalar>
-__device__ __forceinline__ void LoadLeaf(const Element* x, int64_t pitch,
-                                         int rows,
+// What makes y = activation(z + bias) of what Statistics reads.
+template <typename Element>
+struct EpilogueArguments {
+  Element* y;           // [rows, units], may be z; null without an epilogue
+  const Element* bias;  // [channels], or null
+  int64_t channels;
+  Activation activation;
+  typename Numbers<Element>::Scalar alpha;
+};
+
+// The epilogue of the columns of a thread: none.
+template <typename Element, int kVector, bool kEpilogue>
+struct Maker {
+  __device__ Maker(const EpilogueArguments<Element>&, const Pieces<kVector>&,
+                   int64_t) {}
+  template <typename Values>
+  __device__ void operator()(int, int64_t, int, int64_t, Values&) const {}
+};
+
+template <typename Element, int kVector>
+class Maker<Element, kVector, true> {
+ public:
+  // `first` is the tile's first column.
+  __device__ Maker(const EpilogueArguments<Element>& arguments,
+                   const Pieces<kVector>& pieces, int64_t first)
+      : arguments_(arguments) {
+    // Each thread has a place of its own; no register is left for it.
+    constexpr int kPieces = kColumns<Element> / kVector;
+    LBE_SHARED(PackedPiece, shared, kThreads * kPieces);
+    bias_ = shared + Thread();
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      Piece bias = {};
+      if (arguments.bias != nullptr && pieces.inside(piece)) {
+        int64_t channel = (first + pieces.column(piece)) % arguments.channels;
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          bias.elements[i] = arguments.bias[channel];
+          channel = channel + 1 == arguments.channels ? 0 : channel + 1;
+        }
+      }
+      bias_[piece * kThreads] = BitCast<PackedPiece>(bias);
+    }
+  }
+
+  // Makes y of leaf rows [0, rows) of z in `values` and writes it to where the
+  // first of them has it, `offset` elements into y.
+  template <typename Values>
+  __device__ __forceinline__ void operator()(int piece, int64_t offset,
+                                             int rows, int64_t pitch,
+                                             Values& values) const {
+    using Scalar = typename Numbers<Element>::Scalar;
+    Element* to = arguments_.y + offset;
+    ForEachRow<1>(values, [&](int r, auto* row) {
+      if (r >= rows) return;
+      const Piece z = BitCast<Piece>(*row);
+      const Piece bias = BitCast<Piece>(bias_[piece * kThreads]);
+      Scalar y[kVector];
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        y[i] = Numbers<Element>::Load(z.elements[i]) +
+               Numbers<Element>::Load(bias.elements[i]);
+      }
+      WithActivation(arguments_.activation, [&](auto activation) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          y[i] = Activate<activation.value>(y[i], arguments_.alpha);
+        }
+      });
+      *row = BitCast<PackedPiece>(RoundVector<Element>(y));
+      *reinterpret_cast<PackedPiece*>(to) = *row;
+      to += pitch;
+    });
+  }
+
+ private:
+  using Piece = Vector<Element, kVector>;
+  using PackedPiece = Packed<sizeof(Piece)>;
+
+  const EpilogueArguments<Element>& arguments_;
+  PackedPiece* bias_;
+};
+
+// Moments of leaf rows [0, rows) of the columns of a thread, of what `make`
+// makes of them; the tile's first row is `first` elements into x.
+template <typename Element, int kVector, typename Make, typename Scalar>
+__device__ __forceinline__ void LoadLeaf(const Element* x, int64_t first,
+                                         int64_t pitch, int rows,
                                          const Pieces<kVector>& pieces,
+                                         const Make& make,
                                          Moments<Scalar>* node) {
+  using Piece = Vector<Element, kVector>;
 #pragma unroll
   for (int piece = 0; piece < kColumns<Element> / kVector; ++piece) {
-    Vector<Element, kVector> values[kLeafRows] = {};
+    Packed<sizeof(Piece)> values[kLeafRows] = {};
     if (pieces.inside(piece)) {
-      const Element* from = x + pieces.column(piece);
+      const int64_t offset = first + pieces.column(piece);
+      const Element* from = x + offset;
 #pragma unroll
       for (int r = 0; r < kLeafRows; ++r, from += pitch) {
         if (r < rows) {
-          values[r] = *reinterpret_cast<const Vector<Element, kVector>*>(from);
+          values[r] = *reinterpret_cast<const Packed<sizeof(Piece)>*>(from);
         }
       }
+      make(piece, offset, rows, pitch, values);
     }
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       Scalar of_column[kLeafRows];
 #pragma unroll
       for (int r = 0; r < kLeafRows; ++r) {
-        of_column[r] = Numbers<Element>::Load(values[r].elements[i]);
+        of_column[r] =
+            Numbers<Element>::Load(BitCast<Piece>(values[r]).elements[i]);
       }
       node[piece * kVector + i] = LeafMoments<Scalar>(of_column, rows);
     }
@@ -386,14 +521,16 @@ __device__ __forceinline__ void Push(int k, bool last, int rows,
 }
 
 // Blocks on a multiprocessor at once, for which the compiler leaves registers.
-template <typename Element, int kVector>
-constexpr int kStatisticsBlocks = sizeof(Element) == 2 && kVector == 1  ? 1
-                                  : sizeof(Element) == 4 && kVector > 1 ? 3
-                                                                        : 2;
+template <typename Element, int kVector, bool kEpilogue>
+constexpr int kStatisticsBlocks = kEpilogue                              ? 2
+                                  : sizeof(Element) == 2 && kVector == 1 ? 1
+                                  : sizeof(Element) == 4 && kVector > 1  ? 3
+                                                                         : 2;
 
-template <typename Element, int kVector>
-__global__ void __launch_bounds__(kThreads, kStatisticsBlocks<Element, kVector>)
-    Statistics(const Element* x, Cut cut,
+template <typename Element, int kVector, bool kEpilogue>
+__global__ void __launch_bounds__(
+    kThreads, kStatisticsBlocks<Element, kVector, kEpilogue>)
+    Statistics(const Element* x, EpilogueArguments<Element> epilogue, Cut cut,
                Results<typename Numbers<Element>::Scalar> results,
                Partials<typename Numbers<Element>::Scalar> partials) {
   using Scalar = typename Numbers<Element>::Scalar;
@@ -406,20 +543,21 @@ __global__ void __launch_bounds__(kThreads, kStatisticsBlocks<Element, kVector>)
   const int own_rows =
       static_cast<int>(RowsOf(own_first, cut.run_rows, cut.rows));
   const Pieces<kVector> pieces(cut, place, tile_columns);
+  const Maker<Element, kVector, kEpilogue> make(epilogue, pieces, tile_column);
 
   Moments<Scalar> node[kCount] = {};
   Moments<Scalar> stack[kRunLevels][kCount];
-  const Element* from = x + own_first * cut.units + tile_column;
 #pragma unroll 1
   for (int k = 0; k * kLeafRows < own_rows; ++k) {
     const int rows = min(own_rows - k * kLeafRows, kLeafRows);
-    if (rows == kLeafRows) {  // without a condition for each row
-      LoadLeaf(from, cut.units, kLeafRows, pieces, node);
+    const int64_t offset =
+        (own_first + k * kLeafRows) * cut.units + tile_column;
+    if (!kEpilogue && rows == kLeafRows) {  // without a condition for each row
+      LoadLeaf(x, offset, cut.units, kLeafRows, pieces, make, node);
     } else {
-      LoadLeaf(from, cut.units, rows, pieces, node);
+      LoadLeaf(x, offset, cut.units, rows, pieces, make, node);
     }
     Push<0>(k, (k + 1) * kLeafRows >= own_rows, rows, stack, node);
-    from += kLeafRows * cut.units;
   }
   const Moments<Scalar> moments =
       MergeGroups<kCount>(cut, place, pieces, first, node);
@@ -521,62 +659,130 @@ __global__ void Write(Scalar value, Scalar* to) {
   *to = value;
 }
 
+// Of what Gradient makes the gradient.
+enum class GradientOf {
+  kEntropy,
+  kStatistics,    // the entropy, mean and variance
+  kEpilogue,      // y = activation(z), and the entropy of y
+  kBiasEpilogue,  // y = activation(z + bias), and the entropy of y
+};
+
 template <typename Element>
 struct GradientArguments {
   using Scalar = typename Numbers<Element>::Scalar;
-  const Element* x;  // may be dx
-  Element* dx;
+  const Element* x;  // may be dx; y of an epilogue
+  Element* dx;       // dz of an epilogue
   const Scalar* mean;
   const Scalar* variance;
   const Scalar* entropy_grad;   // scalar
-  const Scalar* mean_grad;      // null without kOffset
-  const Scalar* variance_grad;  // null without kOffset
+  const Scalar* mean_grad;      // null without kStatistics
+  const Scalar* variance_grad;  // null without kStatistics
   GradientFactors<Scalar> factors;
+  // Of an epilogue alone.
+  const Element* dy;  // may be dx
+  Activation activation;
+  Scalar alpha;
+  // Of kBiasEpilogue: [rows / kSumRows, units], rounded up; its only row goes
+  // to dbias unless that is null.
+  Scalar* sums;
+  Element* dbias;
 };
 
 // Rows that a thread has in flight, fewer where each is read in many pieces,
 // and blocks on a multiprocessor.
 template <typename Element, int kVector>
 constexpr int kGradientBatch = kVector == 1 ? 2 : 4;
-template <typename Element, int kVector>
-constexpr int kGradientBlocks = kVector < kColumns<Element> ? 2
-                                : sizeof(Element) == 2      ? 3
-                                                            : 4;
+template <typename Element, int kVector, GradientOf kOf>
+constexpr int kGradientBlocks = kVector < kColumns<Element>    ? 2
+                                : kOf >= GradientOf::kEpilogue ? 2
+                                : sizeof(Element) == 2         ? 3
+                                                               : 4;
 
-// A block has the rows of its split, its groups one row each in turn.
-template <typename Element, int kVector, bool kOffset>
-__global__ void __launch_bounds__(kThreads, kGradientBlocks<Element, kVector>)
+// Sums of a thread's columns over the leaf of each group to those over kSumRows
+// rows, the first of which is `first`. Has barriers.
+template <int kCount, int kVector, typename Element, typename Scalar>
+__device__ void WriteSums(const GradientArguments<Element>& a, const Cut& cut,
+                          const Place& place, const Pieces<kVector>& pieces,
+                          int64_t first, const Scalar (&sums)[kCount]) {
+  LBE_SHARED(Scalar, leaves, kThreads * kCount);
+  const int tile_columns = cut.lanes * kCount;
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) {
+    const int column = pieces.column(c / kVector) + c % kVector;
+    leaves[place.group * tile_columns + column] = sums[c];
+  }
+  __syncthreads();
+  // The leaves of these kSumRows rows are those of eight groups.
+  const int part = Thread() / tile_columns;
+  const int column = Thread() % tile_columns;
+  const int64_t row = first + part * kSumRows;
+  if ((part + 1) * kLeafRows <= cut.groups && row < cut.rows &&
+      column < pieces.columns) {
+    Scalar of_leaves[kLeafRows];
+#pragma unroll
+    for (int leaf = 0; leaf < kLeafRows; ++leaf) {
+      of_leaves[leaf] =
+          leaves[(part * kLeafRows + leaf) * tile_columns + column];
+    }
+    const Scalar sum = PairwiseSum(of_leaves);
+    const int64_t unit = place.tile * tile_columns + column;
+    if (a.dbias != nullptr) {
+      a.dbias[unit] = Numbers<Element>::Round(sum);
+    } else {
+      a.sums[row / kSumRows * cut.units + unit] = sum;
+    }
+  }
+  __syncthreads();
+}
+
+// A block has the rows of its split: its groups one row each in turn, or, where
+// rows are added up, one leaf.
+template <typename Element, int kVector, GradientOf kOf>
+__global__ void __launch_bounds__(kThreads,
+                                  kGradientBlocks<Element, kVector, kOf>)
     Gradient(GradientArguments<Element> a, Cut cut) {
   using Scalar = typename Numbers<Element>::Scalar;
   using Piece = Vector<Element, kVector>;
   constexpr int kCount = kColumns<Element>;
   constexpr int kPieces = kCount / kVector;
   constexpr int kBatch = kGradientBatch<Element, kVector>;
+  constexpr bool kOffset = kOf == GradientOf::kStatistics;
+  constexpr bool kEpilogue = kOf >= GradientOf::kEpilogue;
+  constexpr bool kSums = kOf == GradientOf::kBiasEpilogue;
   const Place place(cut);
   const int tile_columns = cut.lanes * kCount;
   const int64_t tile_column = place.tile * tile_columns;
   const Pieces<kVector> pieces(cut, place, tile_columns);
   const int64_t first = place.split * cut.block_rows();
-  const int64_t offset_in_x = (first + place.group) * cut.units + tile_column;
-  const int64_t step = cut.groups * cut.units;
-  const Element* from = a.x + offset_in_x;
-  Element* to = a.dx + offset_in_x;
-  // Rows from the thread's own to the end of the block's.
-  int rest =
-      static_cast<int>(RowsOf(first, cut.block_rows(), cut.rows)) - place.group;
+  const int rows = static_cast<int>(RowsOf(first, cut.block_rows(), cut.rows));
+  // Rows of a block from one of a thread's to the next one, and those that all
+  // groups have done when each has done some batches.
+  const int step = kSums ? 1 : cut.groups;
+  constexpr int kBatches = kSums ? kLeafRows / kBatch : 1;
+  const int pass_rows = cut.groups * kBatch * kBatches;
+  int row = kSums ? place.group * kLeafRows : place.group;
+  int64_t offset = (first + row) * cut.units + tile_column;
 
-  // A batch is read before it is written, since dx may be x, and the first one
-  // before the thread waits for its columns' statistics.
-  Packed<sizeof(Piece)> values[kBatch][kPieces];
+  // A batch is read before it is written, since dx may be x or dy, and the
+  // first one before the thread waits for its columns' statistics.
+  struct Row {
+    Packed<sizeof(Piece)> x[kPieces];
+    Packed<sizeof(Piece)> dy[kEpilogue ? kPieces : 1];
+  };
+  Row batch[kBatch];
   const auto read = [&] {
 #pragma unroll
-    for (int r = 0; r < kBatch; ++r, from += step) {
-      if (r * cut.groups >= rest) continue;
+    for (int r = 0; r < kBatch; ++r) {
+      if (row + r * step >= rows) continue;
+      const int64_t from = offset + r * step * cut.units;
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
-        if (pieces.inside(piece)) {
-          values[r][piece] = *reinterpret_cast<const Packed<sizeof(Piece)>*>(
-              from + pieces.column(piece));
+        if (!pieces.inside(piece)) continue;
+        const int64_t at = from + pieces.column(piece);
+        using Read = const Packed<sizeof(Piece)>*;
+        batch[r].x[piece] = *reinterpret_cast<Read>(a.x + at);
+        if constexpr (kEpilogue) {
+          batch[r].dy[piece] = *reinterpret_cast<Read>(a.dy + at);
         }
       }
     }
@@ -584,7 +790,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<Element, kVector>)
   read();
 
   const Scalar entropy_share = EntropyShare(*a.entropy_grad, a.factors);
-  Scalar mean[kCount] = {}, slope[kCount] = {}, offset[kCount] = {};
+  Scalar mean[kCount] = {}, slope[kCount] = {}, unit_offset[kCount] = {};
 #pragma unroll
   for (int c = 0; c < kCount; ++c) {
     if (!pieces.inside(c / kVector)) continue;
@@ -594,44 +800,90 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<Element, kVector>)
     slope[c] = EntropySlope(a.variance[column], entropy_share, a.factors);
     if constexpr (kOffset) {
       slope[c] += VarianceSlope(a.variance_grad[column], a.factors);
-      offset[c] = MeanOffset(a.mean_grad[column], a.factors);
+      unit_offset[c] = MeanOffset(a.mean_grad[column], a.factors);
     }
   }
 
 #pragma unroll 1
-  while (rest > 0) {
+  for (int pass = 0; pass < rows; pass += pass_rows) {
+    Scalar sums[kCount] = {};
+#pragma unroll 1
+    for (int b = 0; b < kBatches; ++b) {
+      // The code of all activations stands once in that of an epilogue.
+      ForEachRow<kEpilogue ? 1 : kBatch>(batch, [&](int r, Row* values) {
+        if (row + r * step >= rows) return;
+        const int64_t to = offset + r * step * cut.units;
 #pragma unroll
-    for (int r = 0; r < kBatch; ++r, to += step) {
-      if (r * cut.groups >= rest) continue;
+        for (int piece = 0; piece < kPieces; ++piece) {
+          if (!pieces.inside(piece)) continue;
+          const Piece x = BitCast<Piece>(values->x[piece]);
+          Scalar gradient[kVector];
 #pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        if (!pieces.inside(piece)) continue;
-        const Piece x_values = BitCast<Piece>(values[r][piece]);
-        Scalar gradient[kVector];
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          const int c = piece * kVector + i;
-          const Scalar value = Numbers<Element>::Load(x_values.elements[i]);
-          if constexpr (kOffset) {
-            gradient[i] = UnitGradient(value, mean[c], slope[c], offset[c]);
-          } else {
-            gradient[i] = UnitGradient(value, mean[c], slope[c]);
+          for (int i = 0; i < kVector; ++i) {
+            const int c = piece * kVector + i;
+            const Scalar value = Numbers<Element>::Load(x.elements[i]);
+            if constexpr (kOffset) {
+              gradient[i] =
+                  UnitGradient(value, mean[c], slope[c], unit_offset[c]);
+            } else {
+              gradient[i] = UnitGradient(value, mean[c], slope[c]);
+            }
           }
-        }
-        Piece result;
-        if constexpr (kVector == 1) {
-          result.elements[0] = Numbers<Element>::Round(gradient[0]);
-        } else {
+          if constexpr (kEpilogue) {
+            const Piece dy = BitCast<Piece>(values->dy[piece]);
+            WithActivation(a.activation, [&](auto activation) {
 #pragma unroll
-          for (int i = 0; i < kVector; i += 2) {
-            Numbers<Element>::RoundTwo(&gradient[i], &result.elements[i]);
+              for (int i = 0; i < kVector; ++i) {
+                const Scalar y = Numbers<Element>::Load(x.elements[i]);
+                gradient[i] =
+                    Derivative<activation.value>(y, a.alpha) *
+                    (Numbers<Element>::Load(dy.elements[i]) + gradient[i]);
+              }
+            });
           }
+          if constexpr (kSums) {
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) {
+              sums[piece * kVector + i] += gradient[i];
+            }
+          }
+          *reinterpret_cast<Piece*>(a.dx + to + pieces.column(piece)) =
+              RoundVector<Element>(gradient);
         }
-        *reinterpret_cast<Piece*>(to + pieces.column(piece)) = result;
-      }
+      });
+      // To the rows of the next batch: of this leaf, or of the next pass.
+      const int batch_rows = kBatch * step;
+      const int next = !kSums             ? batch_rows
+                       : b + 1 < kBatches ? batch_rows
+                                          : pass_rows - kLeafRows + batch_rows;
+      row += next;
+      offset += next * cut.units;
+      read();
     }
-    rest -= kBatch * cut.groups;
-    read();
+    if constexpr (kSums) {
+      WriteSums<kCount>(a, cut, place, pieces, first + pass, sums);
+    }
+  }
+}
+
+// The gradient of a bias, from the sums [count, channels] of kSumRows rows
+// each: a warp for each channel.
+template <typename Element, typename Scalar>
+__global__ void __launch_bounds__(kThreads)
+    SumBias(const Scalar* sums, int64_t count, int64_t channels,
+            Element* dbias) {
+  static_assert(kSumParts == kLanes, "a warp has a thread for each part");
+  const int64_t channel = int64_t{blockIdx.x} * kWarps + Thread() / kLanes;
+  double sum = 0;
+  if (channel < channels) {
+#pragma unroll 8
+    for (int64_t i = Thread() % kLanes; i < count; i += kSumParts) {
+      sum += static_cast<double>(sums[i * channels + channel]);
+    }
+  }
+  sum = SumHalvesInBlock<kSumParts>(sum);
+  if (Thread() % kLanes == 0 && channel < channels) {
+    dbias[channel] = Numbers<Element>::Round(static_cast<Scalar>(sum));
   }
 }
 
@@ -692,6 +944,15 @@ Cut CutGradient(int64_t rows, int64_t units, int columns, int64_t blocks) {
   return cut;
 }
 
+// With at least a leaf for each group and kSumRows rows for each block.
+Cut CutBiasGradient(int64_t rows, int64_t units, int columns, int64_t blocks) {
+  Cut cut = CutColumns(rows, units, columns,
+                       PowerOfTwoFrom(CeilDiv(units, columns), kLanes));
+  CutRows(kGradientRows, kLeafRows, blocks, &cut);
+  return cut;
+}
+static_assert(kThreads / kLanes * kLeafRows == kSumRows, "see WriteSums");
+
 constexpr int64_t kMostBlocks = 0x7fffffff;
 
 bool Launchable(const Cut& cut) {
@@ -718,10 +979,10 @@ struct Workspace {
 // Calls `body` with how many elements can be read at once, as a constant: 16
 // bytes, or 4 bytes of 16-bit elements, or one element.
 template <typename Element, typename Body>
-int WithVector(int64_t units, const void* x, const void* dx, const Body& body) {
-  const uintptr_t pitch = units * sizeof(Element);
-  const uintptr_t all =
-      pitch | reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(dx);
+int WithVector(int64_t units, std::initializer_list<const void*> arrays,
+               const Body& body) {
+  uintptr_t all = units * sizeof(Element);
+  for (const void* array : arrays) all |= reinterpret_cast<uintptr_t>(array);
   if (all % 16 == 0)
     return body(std::integral_constant<int, kColumns<Element>>());
   if constexpr (sizeof(Element) == 2) {
@@ -739,8 +1000,10 @@ int Launched(const Launch& launch) {
   return cudaGetLastError();
 }
 
+// With an epilogue, x is z.
 template <typename Element>
-int Forward(cudaStream_t stream, const void* x, const Cut& cut,
+int Forward(cudaStream_t stream, const void* x,
+            const EpilogueArguments<Element>& epilogue, const Cut& cut,
             const Formula& formula, void* workspace, void* mean, void* variance,
             void* entropy, void* valid) {
   using Scalar = typename Numbers<Element>::Scalar;
@@ -763,11 +1026,17 @@ int Forward(cudaStream_t stream, const void* x, const Cut& cut,
   };
   const unsigned blocks = static_cast<unsigned>(cut.tiles * cut.splits);
   const int error =
-      WithVector<Element>(cut.units, x, nullptr, [&](auto vector) {
+      WithVector<Element>(cut.units, {x, epilogue.y}, [&](auto vector) {
+        constexpr int kVector = vector.value;
+        const Element* elements = static_cast<const Element*>(x);
         return Launched([&] {
-          LBE_LAUNCH((Statistics<Element, vector.value>), blocks, kThreads,
-                     stream, static_cast<const Element*>(x), cut, results,
-                     partials);
+          if (epilogue.y != nullptr) {
+            LBE_LAUNCH((Statistics<Element, kVector, true>), blocks, kThreads,
+                       stream, elements, epilogue, cut, results, partials);
+          } else {
+            LBE_LAUNCH((Statistics<Element, kVector, false>), blocks, kThreads,
+                       stream, elements, epilogue, cut, results, partials);
+          }
         });
       });
   if (error != cudaSuccess || blocks == 1) return error;
@@ -784,41 +1053,89 @@ int Forward(cudaStream_t stream, const void* x, const Cut& cut,
   });
 }
 
-template <typename Element>
-int Backward(cudaStream_t stream, const void* x, const Cut& cut,
-             const Formula& formula, const void* mean, const void* variance,
-             const void* entropy_grad, const void* mean_grad,
-             const void* variance_grad, void* dx) {
-  using Scalar = typename Numbers<Element>::Scalar;
+template <GradientOf kOf, typename Element>
+int LaunchGradient(cudaStream_t stream, const Cut& cut,
+                   const GradientArguments<Element>& arguments) {
   if (!Launchable(cut)) return cudaErrorInvalidConfiguration;
-  const GradientArguments<Element> arguments = {
-      static_cast<const Element*>(x),
-      static_cast<Element*>(dx),
-      static_cast<const Scalar*>(mean),
-      static_cast<const Scalar*>(variance),
-      static_cast<const Scalar*>(entropy_grad),
-      static_cast<const Scalar*>(mean_grad),
-      static_cast<const Scalar*>(variance_grad),
-      GradientFactorsOf<Scalar>(cut.rows, cut.units, formula),
-  };
   const unsigned blocks = static_cast<unsigned>(cut.tiles * cut.splits);
-  return WithVector<Element>(cut.units, x, dx, [&](auto vector) {
-    constexpr int kVector = vector.value;
-    return Launched([&] {
-      if (mean_grad != nullptr) {
-        LBE_LAUNCH((Gradient<Element, kVector, true>), blocks, kThreads, stream,
-                   arguments, cut);
-      } else {
-        LBE_LAUNCH((Gradient<Element, kVector, false>), blocks, kThreads,
-                   stream, arguments, cut);
-      }
-    });
+  return WithVector<Element>(
+      cut.units, {arguments.x, arguments.dx, arguments.dy}, [&](auto vector) {
+        return Launched([&] {
+          LBE_LAUNCH((Gradient<Element, vector.value, kOf>), blocks, kThreads,
+                     stream, arguments, cut);
+        });
+      });
+}
+
+template <typename Element>
+GradientArguments<Element> ArgumentsOf(const void* x, int64_t rows,
+                                       int64_t units, const Formula& formula,
+                                       const void* mean, const void* variance,
+                                       const void* entropy_grad, void* dx) {
+  using Scalar = typename Numbers<Element>::Scalar;
+  GradientArguments<Element> arguments = {};
+  arguments.x = static_cast<const Element*>(x);
+  arguments.dx = static_cast<Element*>(dx);
+  arguments.mean = static_cast<const Scalar*>(mean);
+  arguments.variance = static_cast<const Scalar*>(variance);
+  arguments.entropy_grad = static_cast<const Scalar*>(entropy_grad);
+  arguments.factors = GradientFactorsOf<Scalar>(rows, units, formula);
+  return arguments;
+}
+
+template <typename Element>
+int Backward(cudaStream_t stream, GradientArguments<Element> arguments,
+             int64_t rows, int64_t units, const void* mean_grad,
+             const void* variance_grad, int blocks) {
+  using Scalar = typename Numbers<Element>::Scalar;
+  const Cut cut = CutGradient(rows, units, kColumns<Element>, blocks);
+  if (mean_grad == nullptr) {
+    return LaunchGradient<GradientOf::kEntropy>(stream, cut, arguments);
+  }
+  arguments.mean_grad = static_cast<const Scalar*>(mean_grad);
+  arguments.variance_grad = static_cast<const Scalar*>(variance_grad);
+  return LaunchGradient<GradientOf::kStatistics>(stream, cut, arguments);
+}
+
+template <typename Element>
+int EpilogueBackward(cudaStream_t stream, GradientArguments<Element> arguments,
+                     int64_t rows, int64_t units, const void* dy,
+                     const Epilogue& epilogue, void* workspace, void* dbias,
+                     int blocks) {
+  using Scalar = typename Numbers<Element>::Scalar;
+  arguments.dy = static_cast<const Element*>(dy);
+  arguments.activation = epilogue.activation;
+  arguments.alpha = static_cast<Scalar>(epilogue.alpha);
+  if (epilogue.bias == nullptr) {
+    return LaunchGradient<GradientOf::kEpilogue>(
+        stream, CutGradient(rows, units, kColumns<Element>, blocks), arguments);
+  }
+  const int64_t channels = epilogue.channels;
+  const int64_t count = CeilDiv(rows, kSumRows) * (units / channels);
+  Element* const elements = static_cast<Element*>(dbias);
+  arguments.sums = static_cast<Scalar*>(workspace);
+  if (count == 1) arguments.dbias = elements;
+  const int error = LaunchGradient<GradientOf::kBiasEpilogue>(
+      stream, CutBiasGradient(rows, units, kColumns<Element>, blocks),
+      arguments);
+  if (error != cudaSuccess || count == 1) return error;
+  return Launched([&] {
+    LBE_LAUNCH((SumBias<Element, Scalar>),
+               static_cast<unsigned>(CeilDiv(channels, kWarps)), kThreads,
+               stream, arguments.sums, count, channels, elements);
   });
 }
 
 template <typename Element>
 Cut CutForward(int64_t rows, int64_t units, int blocks) {
   return CutStatistics(rows, units, kColumns<Element>, blocks);
+}
+
+template <typename Element>
+EpilogueArguments<Element> ArgumentsOf(const Epilogue& epilogue, void* y) {
+  return {static_cast<Element*>(y), static_cast<const Element*>(epilogue.bias),
+          epilogue.channels, epilogue.activation,
+          static_cast<typename Numbers<Element>::Scalar>(epilogue.alpha)};
 }
 
 }  // namespace
@@ -844,6 +1161,30 @@ int BatchEntropyForwardCuda(void* stream, DType dtype, const void* x,
 #define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name)          \
   case DType::name:                                                            \
     return Forward<element>(static_cast<cudaStream_t>(stream), x,              \
+                            EpilogueArguments<element>{},                      \
+                            CutForward<element>(rows, units, blocks), formula, \
+                            workspace, mean, variance, entropy, valid);
+    LBE_FOR_EACH_DTYPE(LBE_DTYPE)
+#undef LBE_DTYPE
+  }
+  return cudaErrorInvalidValue;
+}
+
+int EpilogueForwardCuda(void* stream, DType dtype, const void* z,
+                        const Epilogue& epilogue, int64_t rows, int64_t units,
+                        const Formula& formula, void* workspace, void* y,
+                        void* mean, void* variance, void* entropy, void* valid,
+                        int blocks) {
+  const bool nothing_to_make = y == z &&
+                               epilogue.activation == Activation::kLinear &&
+                               epilogue.bias == nullptr;
+  switch (dtype) {
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name)          \
+  case DType::name:                                                            \
+    return Forward<element>(static_cast<cudaStream_t>(stream), z,              \
+                            nothing_to_make                                    \
+                                ? EpilogueArguments<element>{}                 \
+                                : ArgumentsOf<element>(epilogue, y),           \
                             CutForward<element>(rows, units, blocks), formula, \
                             workspace, mean, variance, entropy, valid);
     LBE_FOR_EACH_DTYPE(LBE_DTYPE)
@@ -858,12 +1199,38 @@ int BatchEntropyGradCuda(void* stream, DType dtype, const void* x, int64_t rows,
                          const void* entropy_grad, const void* mean_grad,
                          const void* variance_grad, void* dx, int blocks) {
   switch (dtype) {
-#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name)       \
-  case DType::name:                                                         \
-    return Backward<element>(                                               \
-        static_cast<cudaStream_t>(stream), x,                               \
-        CutGradient(rows, units, kColumns<element>, blocks), formula, mean, \
-        variance, entropy_grad, mean_grad, variance_grad, dx);
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name)   \
+  case DType::name:                                                     \
+    return Backward(static_cast<cudaStream_t>(stream),                  \
+                    ArgumentsOf<element>(x, rows, units, formula, mean, \
+                                         variance, entropy_grad, dx),   \
+                    rows, units, mean_grad, variance_grad, blocks);
+    LBE_FOR_EACH_DTYPE(LBE_DTYPE)
+#undef LBE_DTYPE
+  }
+  return cudaErrorInvalidValue;
+}
+
+int64_t EpilogueGradCudaWorkspace(DType dtype, const Epilogue& epilogue,
+                                  int64_t rows, int64_t units) {
+  if (epilogue.bias == nullptr) return 0;
+  const int64_t sums = CeilDiv(rows, kSumRows) * units;
+  return sums * (dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
+}
+
+int EpilogueGradCuda(void* stream, DType dtype, const void* dy, const void* y,
+                     const Epilogue& epilogue, int64_t rows, int64_t units,
+                     const Formula& formula, const void* mean,
+                     const void* variance, const void* entropy_grad,
+                     void* workspace, void* dz, void* dbias, int blocks) {
+  switch (dtype) {
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
+  case DType::name:                                                   \
+    return EpilogueBackward(                                          \
+        static_cast<cudaStream_t>(stream),                            \
+        ArgumentsOf<element>(y, rows, units, formula, mean, variance, \
+                             entropy_grad, dz),                       \
+        rows, units, dy, epilogue, workspace, dbias, blocks);
     LBE_FOR_EACH_DTYPE(LBE_DTYPE)
 #undef LBE_DTYPE
   }

@@ -227,8 +227,7 @@ def epilogue(
                 f"Received: z of shape {z.shape}, bias of shape {bias.shape}"
             )
     ops = native_library.select(native)
-    if ops is None or tf.config.get_visible_devices("GPU"):
-        # On a GPU the kernels make the statistics alone, so far.
+    if ops is None:
         y = reference.activate(z, bias, activation, float(alpha))
         return EpilogueOutputs(y, *batch_entropy_or_zero(y, **formula, native=native))
     outputs = ops.lbe_epilogue(

@@ -2,7 +2,8 @@
 //
 // The CUDA kernels, run on the CPU by cuda_emulation.h, compared bit for bit
 // with the definition of their result: the tree of batch_entropy.h, walked
-// column by column.
+// column by column. Those of an epilogue are compared with the CPU's, bit for
+// bit, and with the formula in double.
 //
 // test_cuda_emulation.py compiles this with and without sanitizers, and with
 // faults planted into the kernels, which this must then find. Every buffer has
@@ -10,8 +11,14 @@
 
 #include "cuda_emulation.h"
 #include LBE_CUDA_SOURCE
+#include "cpu_kernels.h"
 
 namespace lbe {
+
+// The CPU kernels are compiled for one instruction set here.
+const CpuLoops* CpuLoopsAvx2() { return CpuLoopsBaseline(); }
+const CpuLoops* CpuLoopsAvx512() { return CpuLoopsBaseline(); }
+
 namespace {
 
 int failures = 0;
@@ -184,12 +191,222 @@ void Test(DType dtype, const Case& c) {
   expect(error == 0 && entropy[0] == Scalar(2.5), "scalar", 0);
 }
 
+// What an epilogue writes.
+template <typename Element, typename Scalar>
+struct EpilogueResults {
+  EpilogueResults(const Case& c, int64_t channels)
+      : y_storage(c.rows * c.units + c.misaligned),
+        dz_storage(c.rows * c.units + c.misaligned),
+        dbias(channels),
+        mean(c.units),
+        variance(c.units),
+        entropy(1),
+        y(y_storage.get() + c.misaligned),
+        dz(dz_storage.get() + c.misaligned) {}
+  Buffer<Element> y_storage, dz_storage, dbias;
+  Buffer<Scalar> mean, variance, entropy;
+  Element* y;
+  Element* dz;
+};
+
+// activation(z) and its derivative.
+std::pair<double, double> Exact(Activation activation, double z, double alpha) {
+  const double sigmoid = 1 / (1 + std::exp(-z));
+  switch (activation) {
+    case Activation::kLinear:
+      return {z, 1};
+    case Activation::kRelu:
+      return {z > 0 ? z : 0, z > 0};
+    case Activation::kLeakyRelu:
+      return {z > 0 ? z : alpha * z, z > 0 ? 1 : alpha};
+    case Activation::kElu:
+      return {z < 0 ? alpha * std::expm1(z) : z,
+              z < 0 ? alpha * std::exp(z) : 1};
+    case Activation::kSelu:
+      return {kSeluScale * (z < 0 ? kSeluAlpha * std::expm1(z) : z),
+              kSeluScale * (z < 0 ? kSeluAlpha * std::exp(z) : 1)};
+    case Activation::kTanh:
+      return {std::tanh(z), 1 - std::tanh(z) * std::tanh(z)};
+    case Activation::kSigmoid:
+      return {sigmoid, sigmoid * (1 - sigmoid)};
+    case Activation::kSoftplus:
+      return {std::log1p(std::exp(z)), sigmoid};
+  }
+  return {};
+}
+
+// With `channels` of a bias, or without one where that is 0.
+template <typename Element, typename Scalar>
+void TestEpilogue(DType dtype, const Case& c, Activation activation,
+                  int64_t channels) {
+  ++cases;
+  bool ok = true;
+  const auto expect = [&](bool holds, const char* what, int64_t at) {
+    if (holds || !ok) return;
+    ok = false;
+    ++failures;
+    std::fprintf(stderr,
+                 "FAILED: %s %lld; dtype %d, z [%lld, %lld], %lld channels, "
+                 "activation %d, %d blocks, misaligned by %lld elements\n",
+                 what, static_cast<long long>(at), static_cast<int>(dtype),
+                 static_cast<long long>(c.rows),
+                 static_cast<long long>(c.units),
+                 static_cast<long long>(channels), static_cast<int>(activation),
+                 c.blocks, static_cast<long long>(c.misaligned));
+  };
+  using N = Numbers<Element>;
+  const Formula formula = {8.5, 0.75, c.units % 2};
+  const int64_t elements = c.rows * c.units;
+  Buffer<Element> z_storage(elements + c.misaligned),
+      dy_storage(elements + c.misaligned), bias(channels);
+  Element* z = z_storage.get() + c.misaligned;
+  Element* dy = dy_storage.get() + c.misaligned;
+  std::mt19937 random(static_cast<unsigned>(elements));
+  std::normal_distribution<float> normal(0.25f, 2.f);
+  for (int64_t i = 0; i < elements; ++i) {
+    z[i] = N::Round(static_cast<Scalar>(normal(random)));
+    dy[i] = N::Round(static_cast<Scalar>(normal(random)));
+  }
+  for (int64_t i = 0; i < channels; ++i) {
+    bias[i] = N::Round(static_cast<Scalar>(normal(random)));
+  }
+  if (c.hard) {
+    const Scalar infinity = std::numeric_limits<Scalar>::infinity();
+    const Scalar hard[] = {infinity, -infinity, infinity - infinity, 1e-30f,
+                           1000,     -1000,     -Scalar(0),          0};
+    for (int64_t i = 0; i < elements; i += 5) {
+      z[i] = N::Round(hard[i / 5 % 8]);
+    }
+  }
+  Epilogue epilogue;
+  epilogue.activation = activation;
+  epilogue.alpha = 0.3;
+  epilogue.bias = channels == 0 ? nullptr : bias.get();
+  epilogue.channels = std::max<int64_t>(channels, 1);
+  const Scalar entropy_grad = 40;
+
+  using Outputs = EpilogueResults<Element, Scalar>;
+  Outputs cpu(c, channels), cuda(c, channels), in_place(c, channels);
+  const Parallel alone = {
+      1, nullptr,
+      [](void*, int, void (*body)(void*), void* argument) { body(argument); }};
+  const auto bytes_of = [](int64_t bytes) { return (bytes + 7) / 8; };
+  Buffer<double> cpu_workspace(bytes_of(
+      std::max(BatchEntropyForwardCpuWorkspace(dtype, c.rows, c.units, 1),
+               EpilogueGradCpuWorkspace(dtype, epilogue, c.rows, c.units))));
+  EpilogueForwardCpu(alone, dtype, z, epilogue, c.rows, c.units, formula,
+                     cpu_workspace.get(), cpu.y, cpu.mean.get(),
+                     cpu.variance.get(), cpu.entropy.get());
+  EpilogueGradCpu(alone, dtype, dy, cpu.y, epilogue, c.rows, c.units, formula,
+                  cpu.mean.get(), cpu.variance.get(), &entropy_grad,
+                  cpu_workspace.get(), cpu.dz, cpu.dbias.get());
+
+  const auto run = [&](const Element* z, const Element* dy, Outputs* to) {
+    Buffer<double> workspace(bytes_of(
+        BatchEntropyForwardCudaWorkspace(dtype, c.rows, c.units, c.blocks)));
+    Buffer<Scalar> valid(1);
+    int error = EpilogueForwardCuda(nullptr, dtype, z, epilogue, c.rows,
+                                    c.units, formula, workspace.get(), to->y,
+                                    to->mean.get(), to->variance.get(),
+                                    to->entropy.get(), valid.get(), c.blocks);
+    expect(error == 0 && valid[0] == 1, "success", 0);
+    Buffer<double> sums(
+        bytes_of(EpilogueGradCudaWorkspace(dtype, epilogue, c.rows, c.units)));
+    error = EpilogueGradCuda(nullptr, dtype, dy, to->y, epilogue, c.rows,
+                             c.units, formula, to->mean.get(),
+                             to->variance.get(), &entropy_grad, sums.get(),
+                             to->dz, to->dbias.get(), c.blocks);
+    expect(error == 0, "success of the gradient", 0);
+    for (int64_t i = 0; i < elements; ++i) {
+      expect(SameBits(to->y[i], cpu.y[i]), "y", i);
+      expect(SameBits(to->dz[i], cpu.dz[i]), "dz", i);
+    }
+    for (int64_t i = 0; i < channels; ++i) {
+      expect(SameBits(to->dbias[i], cpu.dbias[i]), "dbias", i);
+    }
+    for (int64_t u = 0; u < c.units; ++u) {
+      expect(SameBits(to->mean[u], cpu.mean[u]), "mean", u);
+      expect(SameBits(to->variance[u], cpu.variance[u]), "variance", u);
+    }
+    expect(SameBits(to->entropy[0], cpu.entropy[0]), "entropy", 0);
+  };
+  run(z, dy, &cuda);
+  // The tap writes no y: -0 stays, which an addition makes 0.
+  if (activation == Activation::kLinear && channels == 0) {
+    std::copy_n(z, elements, cpu.y);
+  }
+  std::copy_n(z, elements, in_place.y);
+  std::copy_n(dy, elements, in_place.dz);
+  run(in_place.y, in_place.dz, &in_place);
+  if (c.hard) return;
+
+  // The formula in double: for dz, of the statistics, which other tests check.
+  const double rounding = sizeof(Element) == 8       ? 1e-12
+                          : sizeof(Element) == 4     ? 1e-5
+                          : dtype == DType::kFloat16 ? 2e-3
+                                                     : 2e-2;
+  std::vector<double> sums(channels), sizes(channels);
+  for (int64_t i = 0; i < elements; ++i) {
+    const int64_t u = i % c.units;
+    const double b = channels == 0 ? 0 : N::Load(bias[u % channels]);
+    const auto [y, derivative] =
+        Exact(activation, static_cast<double>(N::Load(z[i])) + b, 0.3);
+    const double found = N::Load(cuda.y[i]);
+    expect(std::fabs(found - y) <= rounding * (std::fabs(y) + 1e-2),
+           "the value of y", i);
+    const double slope =
+        entropy_grad * formula.scale /
+        (static_cast<double>(c.units * (c.rows - formula.ddof)) *
+         (formula.scale * cuda.variance[u] + formula.offset));
+    const double into_y = N::Load(dy[i]) + slope * (found - cuda.mean[u]);
+    const double dz = N::Load(cuda.dz[i]);
+    expect(std::fabs(dz - derivative * into_y) <=
+               rounding * (std::fabs(into_y) + 1),
+           "the value of dz", i);
+    if (channels == 0) continue;
+    sums[u % channels] += dz;
+    sizes[u % channels] += std::fabs(dz);
+  }
+  for (int64_t i = 0; i < channels; ++i) {
+    expect(std::fabs(N::Load(cuda.dbias[i]) - sums[i]) <=
+               rounding * (sizes[i] + 1),
+           "the value of dbias", i);
+  }
+}
+
+// Of each shape every activation without a bias, with one for each unit and
+// with one for several positions; or, unless `thorough`, each of these in turn.
+template <typename Element, typename Scalar>
+void TestEpilogues(DType dtype, const std::vector<Case>& all, bool thorough) {
+  constexpr Activation kActivations[] = {
+#define LBE_ACTIVATION(name, keras_name) Activation::name,
+      LBE_FOR_EACH_ACTIVATION(LBE_ACTIVATION)
+#undef LBE_ACTIVATION
+  };
+  size_t turn = static_cast<size_t>(dtype);
+  for (const Case& c : all) {
+    int64_t positions = 1;
+    for (int64_t p : {2, 3, 11, 25}) {
+      if (c.units % p == 0) positions = p;
+    }
+    const int64_t channels[] = {c.units / positions, 0, c.units};
+    ++turn;
+    for (size_t i = 0; i < 3; ++i) {
+      for (size_t j = 0; j < 8; ++j) {
+        if (thorough || (i == (turn + turn / 3) % 3 && j == turn % 8)) {
+          TestEpilogue<Element, Scalar>(dtype, c, kActivations[j], channels[i]);
+        }
+      }
+    }
+  }
+}
+
 int Main(bool quick) {
   // All ways through the kernels, in few blocks: one or many, one split or
   // many, vectors of each width, threads and groups with nothing to do.
-  std::vector<Case> all = {{3, 17, 1, 1},        {9, 66, 9, 0}, {70, 130, 9, 1},
-                           {150, 128, 9, 0},     {40, 3, 1, 0}, {9, 264, 1, 0},
-                           {70, 130, 9, 0, true}};
+  std::vector<Case> all = {
+      {3, 17, 1, 1}, {9, 66, 9, 0},  {70, 130, 9, 1},       {150, 130, 1, 0},
+      {40, 3, 1, 0}, {9, 264, 1, 0}, {70, 130, 9, 0, true}, {150, 128, 9, 0}};
   if (!quick) {
     for (const Case& c : std::vector<Case>{{2, 1, 1, 0},
                                            {8, 16, 1, 0},
@@ -215,6 +432,20 @@ int Main(bool quick) {
     if (quick) continue;
     Test<BFloat16, float>(DType::kBFloat16, c);
     Test<double, double>(DType::kFloat64, c);
+  }
+  // Every activation on small shapes, each other shape with some of them.
+  const std::vector<Case> small = {{19, 6, 1, 0}, {9, 33, 1, 1, true}};
+  if (!quick || failures == 0) {
+    TestEpilogues<Half, float>(DType::kFloat16, small, !quick);
+    TestEpilogues<Half, float>(DType::kFloat16, all, false);
+    TestEpilogues<float, float>(DType::kFloat32, all, false);
+  }
+  if (!quick) {
+    TestEpilogues<float, float>(DType::kFloat32, small, true);
+    TestEpilogues<BFloat16, float>(DType::kBFloat16, small, true);
+    TestEpilogues<BFloat16, float>(DType::kBFloat16, all, false);
+    TestEpilogues<double, double>(DType::kFloat64, small, true);
+    TestEpilogues<double, double>(DType::kFloat64, all, false);
   }
   std::printf("cuda_emulation_test: %d cases, %d failed\n", cases, failures);
   return failures != 0;

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels on a machine without a GPU, as threads of cuda_emulation.h.
 
-cuda_emulation_test.cc compares every result with the definition, bit for bit. Here it
-runs with and without sanitizers, and on kernels with planted faults, each of which it
-must find.
+cuda_emulation_test.cc compares every result with the definition, bit for bit, and an
+epilogue's with the CPU's. Here it runs with and without sanitizers, and on kernels with
+planted faults, each of which it must find.
 """
 
 import os
@@ -22,18 +22,41 @@ SANITIZERS = {
 }
 
 
-def build(kernels: pathlib.Path, sanitizer: str, folder: pathlib.Path) -> pathlib.Path:
-    program = folder / f"cuda_emulation_test_{sanitizer}"
+def compile_cxx(*arguments: object) -> None:
+    """With what CPU and emulated kernels need for the same bits."""
     command = [
         *(os.environ.get("CXX", "c++"), "-std=c++17", "-Wall", "-Wextra", "-Werror"),
-        *("-Wno-unknown-pragmas", "-ffp-contract=off", "-fno-strict-aliasing"),
-        *("-fno-sanitize-recover=all", *SANITIZERS[sanitizer]),
-        *(f"-I{TESTS}", f"-I{TESTS.parent / 'cc'}"),
-        f'-DLBE_CUDA_SOURCE="{kernels}"',
-        *(TESTS / "cuda_emulation_test.cc", "-o", program),
+        *("-ffp-contract=off", f"-I{TESTS.parent / 'cc'}", *arguments),
     ]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
+
+
+@pytest.fixture(scope="module")
+def cpu_kernels(tmp_path_factory) -> list[pathlib.Path]:
+    """The CPU kernels, compiled for any processor."""
+    folder = tmp_path_factory.mktemp("cpu_kernels")
+    names = ["cpu_kernels", "cpu_dispatch"]
+    for name in names:
+        source = TESTS.parent / "cc" / f"{name}.cc"
+        options = ("-O1", "-Wno-psabi", "-DLBE_CPU_LOOPS=CpuLoopsBaseline")
+        compile_cxx(*options, "-c", source, "-o", folder / f"{name}.o")
+    return [folder / f"{name}.o" for name in names]
+
+
+def build(
+    kernels: pathlib.Path,
+    sanitizer: str,
+    cpu_kernels: list[pathlib.Path],
+    folder: pathlib.Path,
+) -> pathlib.Path:
+    program = folder / f"cuda_emulation_test_{sanitizer}"
+    compile_cxx(
+        *("-Wno-unknown-pragmas", "-fno-strict-aliasing"),
+        *("-fno-sanitize-recover=all", *SANITIZERS[sanitizer]),
+        *(f"-I{TESTS}", f'-DLBE_CUDA_SOURCE="{kernels}"'),
+        *(TESTS / "cuda_emulation_test.cc", *cpu_kernels, "-o", program),
+    )
     return program
 
 
@@ -45,8 +68,8 @@ def run(program: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_the_kernels_compute_the_tree_bit_for_bit(sanitizer, tmp_path):
-    program = build(KERNELS, sanitizer, tmp_path)
+def test_the_kernels_compute_the_tree_bit_for_bit(sanitizer, cpu_kernels, tmp_path):
+    program = build(KERNELS, sanitizer, cpu_kernels, tmp_path)
     done = run(program, *(["quick"] if sanitizer != "none" else []))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 failed" in done.stdout
@@ -117,16 +140,41 @@ FAULTS = {
         "                           node);",
         ("none", "FAILED"),
     ),
+    "y of a row too many": (
+        "if (r >= rows) return;",
+        "if (r > rows) return;",
+        ("address", "heap-buffer-overflow"),
+    ),
+    "the bias of the neighbour": (
+        "channel = channel + 1 == arguments.channels ? 0 : channel + 1;",
+        "channel = channel + 1;",
+        ("address", "heap-buffer-overflow"),
+    ),
+    "a missing barrier before the leaves of dbias are added up": (
+        "  __syncthreads();\n  // The leaves of these",
+        "  // The leaves of these",
+        ("thread", "data race"),
+    ),
+    "a missing barrier after the leaves of dbias are added up": (
+        "    }\n  }\n  __syncthreads();\n}\n\n// A block has the rows",
+        "    }\n  }\n}\n\n// A block has the rows",
+        ("thread", "data race"),
+    ),
+    "a part of dbias too many": (
+        "(part + 1) * kLeafRows <= cut.groups && row < cut.rows",
+        "(part + 1) * kLeafRows <= cut.groups",
+        ("address", "heap-buffer-overflow"),
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found(fault, tmp_path):
+def test_a_planted_fault_is_found(fault, cpu_kernels, tmp_path):
     old, new, (sanitizer, message) = FAULTS[fault]
     source = KERNELS.read_text()
     assert source.count(old) == 1, "the kernels have changed: plant it anew"
     faulty = tmp_path / "faulty.cu"
     faulty.write_text(source.replace(old, new))
-    done = run(build(faulty, sanitizer, tmp_path), "quick")
+    done = run(build(faulty, sanitizer, cpu_kernels, tmp_path), "quick")
     assert done.returncode != 0
     assert message in done.stdout + done.stderr

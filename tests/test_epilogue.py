@@ -3,6 +3,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 from unittest import mock
 
@@ -224,6 +225,27 @@ def test_the_op_itself_refuses_what_does_not_fit():
             op.lbe_epilogue(z, bias, activation="relu")
     with pytest.raises(tf.errors.InvalidArgumentError, match="no epilogue with"):
         op.lbe_epilogue(z, [], activation="gelu")
+
+
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["eager", "xla"])
+def test_its_gradient_refuses_what_does_not_fit(jit_compile):
+    require_native()
+    op = native.load().ops.lbe_epilogue_grad
+    grad = functools.partial(op, biases=0)
+    if jit_compile:
+        require_xla()
+        unknown = [tf.TensorSpec(None) for _ in range(5)]
+        grad = tf.function(grad, jit_compile=True, input_signature=unknown)
+    y, unit, scalar = tf.ones((4, 2)), tf.ones(2), tf.ones(())
+    for inputs in (
+        (tf.ones((3, 2)), y, unit, unit, scalar),
+        (y, y, tf.ones(3), unit, scalar),
+        (y, y, unit, tf.ones((1, 2)), scalar),
+        (y, y, unit, unit, unit),
+        (scalar, scalar, scalar, scalar, scalar),
+    ):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="Received"):
+            grad(*inputs)
 
 
 # Layers: whatever the path, the same numbers.

@@ -8,6 +8,7 @@ import tensorflow as tf
 from conftest import require_op_on_gpu, require_xla, tensor
 
 import lbe_ops
+from lbe_ops import reference
 
 pytestmark = pytest.mark.gpu
 
@@ -54,9 +55,60 @@ def test_the_bits_of_the_cpu(dtype, shape, mode, rng):
     assert found["/GPU:0"] == found["/CPU:0"]
 
 
+ACTIVATIONS = sorted(reference.ACTIVATIONS)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("bias", [False, True], ids=["tap", "bias"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_bits_of_the_cpu_in_an_epilogue(dtype, shape, bias, mode, rng):
+    z, _ = tensor(rng.normal(0.3, 1.7, shape), dtype)
+    b, _ = tensor(rng.normal(0.3, 1.7, shape[-1]), dtype)
+    arguments = [z, b] if bias else [z]
+
+    def function(*arguments):
+        results = []
+        for activation in ACTIVATIONS:
+            with tf.GradientTape() as tape:
+                tape.watch(arguments)
+                y, entropy, valid = lbe_ops.ops.epilogue(
+                    *arguments, activation=activation, alpha=0.3, native=True
+                )
+                loss = tf.reduce_sum(tf.cast(y * y, entropy.dtype)) + 50 * entropy
+            results += [y, entropy, valid, *tape.gradient(loss, arguments)]
+        return results
+
+    found = {}
+    for device in ("/CPU:0", "/GPU:0"):
+        with tf.device(device):
+            run = tf.function(function) if mode == "graph" else function
+            outputs = run(*map(tf.identity, arguments))
+        assert all(output.device.endswith(device[1:]) for output in outputs)
+        found[device] = [output.numpy().tobytes() for output in outputs]
+    assert found["/GPU:0"] == found["/CPU:0"]
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_an_epilogue_of_a_batch_too_small(rows):
+    z, bias = tf.fill((rows, 3), -1.0), tf.constant([0.0, 2.0, 4.0])
+    with tf.device("/GPU:0"), tf.GradientTape() as tape:
+        tape.watch([z, bias])
+        y, entropy, valid = lbe_ops.ops.epilogue(
+            tf.identity(z), bias, activation="relu", ddof=1, native=True
+        )
+        loss = tf.reduce_sum(y) + entropy
+    dz, dbias = tape.gradient(loss, [z, bias])
+    assert_on_gpu(y, entropy, valid)
+    np.testing.assert_array_equal(y, [[0.0, 1.0, 3.0]] * rows)
+    assert (float(entropy), float(valid)) == (0, 0)
+    np.testing.assert_array_equal(dz, [[0.0, 1.0, 1.0]] * rows)
+    np.testing.assert_array_equal(dbias, np.array([0.0, 1.0, 1.0]) * rows)
+
+
 @pytest.mark.parametrize("xla", [False, True])
+@pytest.mark.parametrize("fused", [False, True], ids=["regularizer", "fused"])
 @pytest.mark.parametrize("use_native", [True, False])
-def test_training(use_native, xla):
+def test_training(use_native, fused, xla):
     """The op runs where the layers run, and trains as plain TensorFlow does."""
     if use_native and xla:
         require_xla()
@@ -67,7 +119,8 @@ def test_training(use_native, xla):
     inputs = keras.Input((20,))
     hidden = inputs
     for _ in range(8):
-        hidden = keras.layers.Dense(
+        layer = lbe_ops.Dense_LBE if fused else keras.layers.Dense
+        hidden = layer(
             16, "relu", activity_regularizer=lbe_ops.LBERegularizer(native=use_native)
         )(hidden)
     model = lbe_ops.LBEModel(inputs, keras.layers.Dense(2)(hidden), LBE_strength=0.1)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The custom call by which XLA programs run the forward kernels.
+// The custom calls by which XLA programs run the kernels.
 //
 // Called by xla_ops.cc. No type of XLA or TensorFlow crosses it, so that each
 // side includes its own headers only.
@@ -15,26 +15,38 @@
 
 namespace lbe {
 
-constexpr char kCustomCallTarget[] = "lbe_batch_entropy";
+// The calls, by their targets, with buffers as the ops have them and then the
+// workspace (bytes) as one more result:
+// x -> entropy, mean, variance, valid.
+constexpr char kStatisticsCall[] = "lbe_batch_entropy";
+// z, bias or none -> y in place of z, entropy, mean, variance, valid.
+constexpr char kEpilogueCall[] = "lbe_epilogue";
+// dy, y, mean, variance, entropy_grad -> dz in place of dy, dbias or none.
+constexpr char kEpilogueGradCall[] = "lbe_epilogue_grad";
 
 enum class Platform { kHost, kCuda };
 
-// What the call carries beside its buffers: x -> entropy, mean, variance,
-// valid, workspace (bytes).
+// What a call carries beside its buffers.
 struct CustomCallOptions {
   DType dtype;
   Formula formula;
-  int64_t threads;  // for which the work is cut; on the host only
+  int64_t threads;    // for which the work is cut; on the host only
+  Epilogue epilogue;  // activation and alpha
 };
 
-// Whether this library can run the call there: it has the kernels, and XLA has
-// accepted the handler. Never if the environment says
+// Whether this library can run the calls there: it has the kernels, and XLA has
+// accepted the handlers. Never if the environment says
 // LBE_OPS_XLA_CUSTOM_CALL=0, for comparisons with plain HLO.
 bool HasCustomCall(Platform platform);
 
-// Size of the workspace in bytes, at least 1.
-int64_t CustomCallWorkspace(Platform platform, const CustomCallOptions& options,
-                            int64_t rows, int64_t units);
+// Size of the workspace in bytes, at least 1: of the forward passes, and of the
+// gradient of an epilogue.
+int64_t ForwardCallWorkspace(Platform platform,
+                             const CustomCallOptions& options, int64_t rows,
+                             int64_t units);
+int64_t EpilogueGradCallWorkspace(Platform platform, DType dtype,
+                                  const Epilogue& epilogue, int64_t rows,
+                                  int64_t units);
 
 // The options in the form that XLA hands on: a dictionary in MLIR's syntax.
 std::string CustomCallConfig(const CustomCallOptions& options);

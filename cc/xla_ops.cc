@@ -123,63 +123,118 @@ struct Activations {
 // The results of LBE>BatchEntropy, in the order of its outputs.
 using Results = std::array<XlaOp, 4>;
 
-// What both forward passes share: the statistics of activations x.
-class StatisticsLowering : public XlaOpKernel {
+// What all lowerings share.
+class Lowering : public XlaOpKernel {
  public:
-  explicit StatisticsLowering(OpKernelConstruction* context)
+  explicit Lowering(OpKernelConstruction* context)
       : XlaOpKernel(context),
         platform_(PlatformOf(context->device_type().type_string())) {
     OP_REQUIRES_OK(context, ReadAttributes(context, &dtype_, &formula_));
   }
 
  protected:
+  // Whether the kernels can do it, and not plain HLO. They need sizes that are
+  // known, and an entropy.
+  bool Callable(const Shape& shape) const {
+    return !shape.is_dynamic() && shape.dimensions(0) >= 2 &&
+           Units(shape) >= 1 && HasCustomCall(platform_);
+  }
+
+  // One of the calls of xla_custom_call.h; its results but for the workspace,
+  // which is one so that XLA plans its memory with that of everything else:
+  // nothing is allocated when the program runs. In place: the first result is
+  // to have the memory of the first operand.
+  std::vector<XlaOp> Call(const char* target, absl::Span<const XlaOp> operands,
+                          std::vector<Shape> results, int64_t workspace,
+                          const Epilogue& epilogue, bool in_place) const {
+    xla::XlaBuilder* const builder = operands[0].builder();
+    // The kernels' row-major layout, whatever XLA would like best here.
+    std::vector<Shape> shapes;
+    for (const XlaOp operand : operands) {
+      const absl::StatusOr<Shape> shape = builder->GetShape(operand);
+      if (!shape.ok()) {
+        return std::vector<XlaOp>(results.size(),
+                                  builder->ReportError(shape.status()));
+      }
+      shapes.push_back(RowMajor(shape->element_type(), shape->dimensions()));
+    }
+    results.push_back(ShapeUtil::MakeShape(xla::S8, {workspace}));
+    std::vector<std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>>
+        aliasing;
+    if (in_place) aliasing = {{{0}, {0, {}}}};
+    const XlaOp call = xla::CustomCallWithLayout(
+        builder, target, operands, ShapeUtil::MakeTupleShape(results), shapes,
+        CustomCallConfig({dtype_, formula_, MaxThreads(), epilogue}),
+        /*has_side_effect=*/false, aliasing, /*literal=*/nullptr,
+        xla::CustomCallSchedule::SCHEDULE_NONE,
+        xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+    std::vector<XlaOp> outputs;
+    for (size_t i = 0; i + 1 < results.size(); ++i) {
+      outputs.push_back(xla::GetTupleElement(call, static_cast<int64_t>(i)));
+    }
+    return outputs;
+  }
+
+  int64_t ForwardWorkspace(const Shape& shape) const {
+    return ForwardCallWorkspace(platform_,
+                                {dtype_, formula_, MaxThreads(), Epilogue()},
+                                shape.dimensions(0), Units(shape));
+  }
+
+  // Shapes of the statistics: of one sample, in the type of the results.
+  std::vector<Shape> StatisticsShapes(const Shape& shape) const {
+    const Shape scalar = ShapeUtil::MakeShape(ResultType(dtype_), {});
+    return {scalar, UnitShape(shape), UnitShape(shape), scalar};
+  }
+  Shape UnitShape(const Shape& shape) const {
+    return RowMajor(ResultType(dtype_), shape.dimensions().subspan(1));
+  }
+  static Shape RowMajor(PrimitiveType type, absl::Span<const int64_t> sizes) {
+    return ShapeUtil::MakeShapeWithDescendingLayout(type, sizes);
+  }
+  static int64_t Units(const Shape& shape) {
+    int64_t units = 1;
+    for (const int64_t size : shape.dimensions().subspan(1)) units *= size;
+    return units;
+  }
+
+  DType dtype_;
+  Formula formula_;
+  const Platform platform_;
+
+ private:
+  static int64_t MaxThreads() {
+    return std::max(1u, std::thread::hardware_concurrency());
+  }
+};
+
+// What both forward passes share: the statistics of activations x.
+class StatisticsLowering : public Lowering {
+ public:
+  using Lowering::Lowering;
+
+ protected:
   absl::StatusOr<Results> Statistics(XlaOp x, const Shape& shape,
                                      bool zero_small_batch) const {
     if (shape.is_dynamic()) return Hlo(x, shape, zero_small_batch);
-    const int64_t rows = shape.dimensions(0);
-    int64_t units = 1;
-    for (const int64_t size : shape.dimensions().subspan(1)) units *= size;
-    if (rows < 2 || units < 1) {
+    if (shape.dimensions(0) < 2 || Units(shape) < 1) {
       if (!zero_small_batch) {
         return SmallBatchError(TensorShape(shape.dimensions()).DebugString());
       }
       return Zeros(x, shape);
     }
-    if (HasCustomCall(platform_)) return CustomCall(x, shape, rows, units);
-    return Hlo(x, shape, zero_small_batch);
+    if (!Callable(shape)) return Hlo(x, shape, zero_small_batch);
+    const std::vector<XlaOp> outputs =
+        Call(kStatisticsCall, {x}, StatisticsShapes(shape),
+             ForwardWorkspace(shape), Epilogue(), /*in_place=*/false);
+    return Results{outputs[0], outputs[1], outputs[2], outputs[3]};
   }
-
-  DType dtype_;
-  Formula formula_;
 
  private:
   Results Zeros(XlaOp x, const Shape& shape) const {
     const XlaOp zero = xla::Zero(x.builder(), ResultType(dtype_));
     const XlaOp zeros = xla::Zeros(x.builder(), UnitShape(shape));
     return {zero, zeros, zeros, zero};
-  }
-
-  Results CustomCall(XlaOp x, const Shape& shape, int64_t rows,
-                     int64_t units) const {
-    const Shape scalar = ShapeUtil::MakeShape(ResultType(dtype_), {});
-    const CustomCallOptions options{dtype_, formula_, MaxThreads()};
-    // The kernels' row-major layout, whatever XLA would like best here. The
-    // workspace is one more result, so that XLA plans its memory with that of
-    // everything else: nothing is allocated when the program runs.
-    const Shape result = ShapeUtil::MakeTupleShape(
-        {scalar, UnitShape(shape), UnitShape(shape), scalar,
-         ShapeUtil::MakeShape(
-             xla::S8, {CustomCallWorkspace(platform_, options, rows, units)})});
-    const Shape operand = ShapeUtil::MakeShapeWithDescendingLayout(
-        shape.element_type(), shape.dimensions());
-    const XlaOp call = xla::CustomCallWithLayout(
-        x.builder(), kCustomCallTarget, {x}, result, {operand},
-        CustomCallConfig(options), /*has_side_effect=*/false,
-        /*output_operand_aliasing=*/{}, /*literal=*/nullptr,
-        xla::CustomCallSchedule::SCHEDULE_NONE,
-        xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
-    return {xla::GetTupleElement(call, 0), xla::GetTupleElement(call, 1),
-            xla::GetTupleElement(call, 2), xla::GetTupleElement(call, 3)};
   }
 
   // Two passes, the formula of batch_entropy.h. With sizes that are known at
@@ -217,18 +272,6 @@ class StatisticsLowering : public XlaOpKernel {
             or_zero(mean), or_zero(variance),
             xla::ConvertElementType(a.enough, a.type)};
   }
-
-  // Of one sample, in the type of the results.
-  Shape UnitShape(const Shape& shape) const {
-    return ShapeUtil::MakeShapeWithDescendingLayout(
-        ResultType(dtype_), shape.dimensions().subspan(1));
-  }
-
-  static int64_t MaxThreads() {
-    return std::max(1u, std::thread::hardware_concurrency());
-  }
-
-  const Platform platform_;
 };
 
 class BatchEntropyLowering : public StatisticsLowering {
@@ -313,12 +356,28 @@ class EpilogueLowering : public StatisticsLowering {
     OP_REQUIRES_OK(context, shape.status());
     OP_REQUIRES_OK(context, CheckBatch(shape->dimensions()));
     const int64_t last = shape->dimensions().size() - 1;
-    XlaOp z = xla::ConvertElementType(context->Input(0), ResultType(dtype_));
-    if (context->num_inputs() == 2) {
+    const bool has_bias = context->num_inputs() == 2;
+    if (has_bias) {
       const absl::StatusOr<Shape> bias = context->InputXlaShape(1);
       OP_REQUIRES_OK(context, bias.status());
       OP_REQUIRES_OK(context,
                      CheckBias(shape->dimensions(), bias->dimensions()));
+    }
+    const bool tap = epilogue_.activation == Activation::kLinear && !has_bias;
+    if (!tap && Callable(*shape)) {
+      std::vector<XlaOp> operands = {context->Input(0)};
+      if (has_bias) operands.push_back(context->Input(1));
+      std::vector<Shape> results = StatisticsShapes(*shape);
+      results.insert(results.begin(),
+                     RowMajor(shape->element_type(), shape->dimensions()));
+      const std::vector<XlaOp> outputs =
+          Call(kEpilogueCall, operands, results, ForwardWorkspace(*shape),
+               epilogue_, /*in_place=*/true);
+      for (int i = 0; i < 5; ++i) context->SetOutput(i, outputs[i]);
+      return;
+    }
+    XlaOp z = xla::ConvertElementType(context->Input(0), ResultType(dtype_));
+    if (has_bias) {
       z = xla::Add(
           z, xla::ConvertElementType(context->Input(1), ResultType(dtype_)),
           {last});
@@ -365,11 +424,10 @@ class EpilogueLowering : public StatisticsLowering {
   Epilogue epilogue_;
 };
 
-class EpilogueGradLowering : public XlaOpKernel {
+class EpilogueGradLowering : public Lowering {
  public:
   explicit EpilogueGradLowering(OpKernelConstruction* context)
-      : XlaOpKernel(context) {
-    OP_REQUIRES_OK(context, ReadAttributes(context, &dtype_, &formula_));
+      : Lowering(context) {
     OP_REQUIRES_OK(context, ReadEpilogue(context, &epilogue_));
   }
 
@@ -379,6 +437,12 @@ class EpilogueGradLowering : public XlaOpKernel {
     const absl::StatusOr<ManyDims> inputs = InputDims(context);
     OP_REQUIRES_OK(context, inputs.status());
     OP_REQUIRES_OK(context, CheckEpilogueGradInputs(*inputs));
+    const bool has_bias = num_outputs() == 2;
+    const bool tap = epilogue_.activation == Activation::kLinear && !has_bias;
+    if (!tap && Callable(*shape)) {  // of a tap, XLA fuses more than we do
+      CallKernel(context, *shape, has_bias);
+      return;
+    }
     const Activations y(context->Input(1), *shape, dtype_, formula_);
     const XlaOp dy = xla::ConvertElementType(context->Input(0), y.type);
     const XlaOp share = xla::Mul(
@@ -389,7 +453,7 @@ class EpilogueGradLowering : public XlaOpKernel {
         Derivative(y.x),
         xla::Add(dy, xla::Select(y.enough, share, xla::ZerosLike(share))));
     context->SetOutput(0, xla::ConvertElementType(dz, shape->element_type()));
-    if (num_outputs() == 1) return;
+    if (!has_bias) return;
     std::vector<int64_t> positions;
     for (size_t d = 0; d + 1 < shape->dimensions().size(); ++d) {
       positions.push_back(static_cast<int64_t>(d));
@@ -399,6 +463,27 @@ class EpilogueGradLowering : public XlaOpKernel {
   }
 
  private:
+  void CallKernel(XlaOpKernelContext* context, const Shape& shape,
+                  bool has_bias) const {
+    std::vector<XlaOp> operands;
+    for (int i = 0; i < 5; ++i) operands.push_back(context->Input(i));
+    const int64_t channels = shape.dimensions().back();
+    std::vector<Shape> results = {
+        RowMajor(shape.element_type(), shape.dimensions())};
+    if (has_bias) results.push_back(RowMajor(shape.element_type(), {channels}));
+    Epilogue epilogue = epilogue_;
+    epilogue.bias = has_bias ? this : nullptr;  // any address: there is one
+    epilogue.channels = channels;
+    const std::vector<XlaOp> outputs =
+        Call(kEpilogueGradCall, operands, results,
+             EpilogueGradCallWorkspace(platform_, dtype_, epilogue,
+                                       shape.dimensions(0), Units(shape)),
+             epilogue_, /*in_place=*/true);
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      context->SetOutput(static_cast<int>(i), outputs[i]);
+    }
+  }
+
   XlaOp Derivative(XlaOp y) const {
     const XlaOp zero = xla::ZerosLike(y);
     const XlaOp one = xla::ScalarLike(y, 1);
@@ -429,8 +514,6 @@ class EpilogueGradLowering : public XlaOpKernel {
     return one;
   }
 
-  DType dtype_;
-  Formula formula_;
   Epilogue epilogue_;
 };
 

@@ -68,6 +68,45 @@ def test_the_same_bits_as_outside_of_xla(xla, device, dtype, shape, rng):
         np.testing.assert_array_equal(inside.numpy(), outside.numpy())
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("activation", ["relu", "linear", "selu", "tanh", "softplus"])
+@pytest.mark.parametrize("shape", [(17, 7), (300, 65), (9, 4, 4, 3)], ids=str)
+def test_an_epilogue_has_the_same_bits_as_outside_of_xla(
+    xla, device, dtype, shape, activation, bias, rng
+):
+    z, _ = tensor(rng.normal(0.3, 1.7, shape), dtype)
+    weights, _ = tensor(rng.normal(size=shape), dtype)
+    b = [tensor(rng.normal(size=shape[-1]), dtype)[0]] if bias else []
+
+    def function(z, *b):
+        with tf.GradientTape() as tape:
+            tape.watch([z, *b])
+            y, entropy, valid = ops.epilogue(
+                1.0 * z, *b, activation=activation, native=True
+            )
+        dz, *dbias = tape.gradient([y, entropy], [z, *b], [weights, 40.0 * entropy])
+        return y, entropy, valid, dz, *dbias
+
+    program = compiled(function)
+    hlo = program.experimental_get_compiler_ir(z, *b)()
+    tap = activation == "linear" and not bias
+    assert ("lbe_epilogue_grad" in hlo) is not tap
+    assert ('"lbe_epilogue"' in hlo) is not tap
+    assert ("lbe_batch_entropy" in hlo) is tap
+    for inside, outside in zip(program(z, *b), function(z, *b), strict=True):
+        assert inside.device.endswith(device[1:])
+        if tap and inside.shape == z.shape:  # XLA's own gradient
+            assert_close(inside, outside, dtype)
+        else:
+            np.testing.assert_array_equal(inside.numpy(), outside.numpy())
+
+
+def assert_close(found, expected, dtype):
+    found, expected = (tf.cast(t, tf.float64).numpy() for t in (found, expected))
+    tolerance = 4 * TOLERANCES[dtype].grad
+    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("offset", [1.0, 0.0])
 @pytest.mark.parametrize("shape", [(2,), (17, 7, 3), (300, 65)], ids=str)
 def test_plain_hlo(xla, dtype, tolerance, shape, offset, monkeypatch, rng):

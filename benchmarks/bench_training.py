@@ -68,9 +68,9 @@ class Worker:
         """Ends it; graph nodes, peak memory and the last loss."""
         self._connection.send(0)
         figures = _received(self._connection)
-        if not isinstance(figures, dict) or "error" in figures:
-            raise WorkerError(str(figures))
         self.stop()
+        if "error" in figures:
+            raise WorkerError(figures["error"])
         if not np.isfinite(figures["loss"]):
             raise WorkerError(f"its loss is {figures['loss']}")
         return figures
@@ -137,7 +137,13 @@ def measure(
             if "skipped" in row:
                 continue
             variant = row["variant"]
-            row |= workers[variant].finish()
+            try:
+                row |= workers[variant].finish()
+            except WorkerError as error:
+                if variant == variants[0]:
+                    raise
+                row["skipped"] = str(error)
+                continue
             row["first_step_seconds"] = first[variant]
             row["step_seconds"] = seconds[variant].tolist()
     finally:

@@ -10,6 +10,15 @@
 // exactly the size that the kernels are promised.
 
 #include "cuda_emulation.h"
+
+#include "kernels.h"
+#ifdef LBE_QUICK  // fewer kernels to compile: of the dtypes that are tested
+                  // then
+#undef LBE_FOR_EACH_DTYPE
+#define LBE_FOR_EACH_DTYPE(DO)                  \
+  DO(kFloat16, Half, float, DT_HALF, "float16") \
+  DO(kFloat32, float, float, DT_FLOAT, "float32")
+#endif
 #include LBE_CUDA_SOURCE
 #include "cpu_kernels.h"
 
@@ -401,7 +410,12 @@ void TestEpilogues(DType dtype, const std::vector<Case>& all, bool thorough) {
   }
 }
 
-int Main(bool quick) {
+int Main() {
+#ifdef LBE_QUICK
+  constexpr bool quick = true;
+#else
+  constexpr bool quick = false;
+#endif
   // All ways through the kernels, in few blocks: one or many, one split or
   // many, vectors of each width, threads and groups with nothing to do.
   std::vector<Case> all = {
@@ -454,6 +468,4 @@ int Main(bool quick) {
 }  // namespace
 }  // namespace lbe
 
-int main(int argc, char** argv) {
-  return lbe::Main(argc == 2 && std::strcmp(argv[1], "quick") == 0);
-}
+int main() { return lbe::Main(); }

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, require_native
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -31,8 +31,8 @@ def run(*arguments):
     )
 
 
-@pytest.mark.usefixtures("require_native")
 def test_a_short_run(modules, tmp_path):
+    require_native()
     loops = ["graph", "fit"]
     done = run(
         *("--nets", "quick", "--loops", *loops, "--rounds", "3"),

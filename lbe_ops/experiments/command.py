@@ -28,7 +28,7 @@ DESCRIPTION = """\
 Trains a deep plain network (no normalization, no shortcuts) with and without LBE and
 compares them: configuration, history, weights and plots go to a folder. The same
 command continues an interrupted run, to the same numbers. Without arguments: the
-preset `mnist`, 500 layers, some 20 minutes for each net on two cores. `--preset demo`
+preset `mnist`, 500 layers, some 10 minutes for each net on two cores. `--preset demo`
 takes a few minutes and downloads nothing.
 """
 

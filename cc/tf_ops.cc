@@ -6,6 +6,7 @@
 // Glue: checks, allocates, calls the launchers of kernels.h, reports.
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "absl/status/status.h"
@@ -257,6 +258,25 @@ class BatchEntropyKernel : public OpKernel {
     return inputs;
   }
 
+  // Allocates the outputs from `first` on: entropy, mean, variance, valid.
+  static absl::Status AllocateStatistics(OpKernelContext* context, int first,
+                                         const Sizes& sizes,
+                                         std::array<Tensor*, 4>* statistics) {
+    const TensorShape scalar({});
+    for (int i = 0; i < 4; ++i) {
+      const bool of_units = i == 1 || i == 2;
+      TF_RETURN_IF_ERROR(context->allocate_output(
+          first + i, of_units ? sizes.unit_shape : scalar, &(*statistics)[i]));
+    }
+    return absl::OkStatus();
+  }
+
+  static absl::Status AllocateWorkspace(OpKernelContext* context, int64_t bytes,
+                                        Tensor* workspace) {
+    return context->allocate_temp(tensorflow::DT_INT8, TensorShape({bytes}),
+                                  workspace);
+  }
+
   DType dtype_;
   Formula formula_;
 };
@@ -388,28 +408,22 @@ class BatchEntropyOp : public BatchEntropyKernel {
     OP_REQUIRES_OK(context, SizesOf(x, &sizes));
     OP_REQUIRES(context, sizes.enough() || zero_small_batch_,
                 SmallBatchError(x.shape().DebugString()));
-    Tensor *entropy, *mean, *variance, *valid;
-    OP_REQUIRES_OK(context,
-                   context->allocate_output(0, TensorShape({}), &entropy));
-    OP_REQUIRES_OK(context,
-                   context->allocate_output(1, sizes.unit_shape, &mean));
-    OP_REQUIRES_OK(context,
-                   context->allocate_output(2, sizes.unit_shape, &variance));
-    OP_REQUIRES_OK(context,
-                   context->allocate_output(3, TensorShape({}), &valid));
+    std::array<Tensor*, 4> statistics;
+    OP_REQUIRES_OK(context, AllocateStatistics(context, 0, sizes, &statistics));
+    const auto [entropy, mean, variance, valid] = statistics;
     const Device device(context);
     if (!sizes.enough()) {
-      for (Tensor* output : {entropy, mean, variance, valid}) {
+      for (Tensor* output : statistics) {
         OP_REQUIRES_OK(context, device.SetZero(output));
       }
       return;
     }
     Tensor workspace;
     OP_REQUIRES_OK(
-        context, context->allocate_temp(tensorflow::DT_INT8,
-                                        TensorShape({device.ForwardWorkspace(
-                                            dtype_, sizes.rows, sizes.units)}),
-                                        &workspace));
+        context,
+        AllocateWorkspace(
+            context, device.ForwardWorkspace(dtype_, sizes.rows, sizes.units),
+            &workspace));
     OP_REQUIRES_OK(
         context,
         device.Forward(dtype_, x.data(), sizes.rows, sizes.units, formula_,
@@ -500,7 +514,7 @@ class EpilogueOp : public EpilogueKernel {
                                         tensor.shape().dim_sizes()));
       bias = tensor.data();
     }
-    Tensor *y, *entropy, *mean, *variance, *valid;
+    Tensor* y;
     if (epilogue_.activation == Activation::kLinear && !has_bias_) {
       context->set_output(0, z);  // not even a copy
       y = context->mutable_output(0);
@@ -508,27 +522,22 @@ class EpilogueOp : public EpilogueKernel {
       OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
                                   {0}, 0, z.shape(), &y));
     }
-    OP_REQUIRES_OK(context,
-                   context->allocate_output(1, TensorShape({}), &entropy));
-    OP_REQUIRES_OK(context,
-                   context->allocate_output(2, sizes.unit_shape, &mean));
-    OP_REQUIRES_OK(context,
-                   context->allocate_output(3, sizes.unit_shape, &variance));
-    OP_REQUIRES_OK(context,
-                   context->allocate_output(4, TensorShape({}), &valid));
+    std::array<Tensor*, 4> statistics;
+    OP_REQUIRES_OK(context, AllocateStatistics(context, 1, sizes, &statistics));
+    const auto [entropy, mean, variance, valid] = statistics;
     const Device device(context);
     if (sizes.rows == 0 || sizes.units == 0) {
-      for (Tensor* output : {entropy, mean, variance, valid}) {
+      for (Tensor* output : statistics) {
         OP_REQUIRES_OK(context, device.SetZero(output));
       }
       return;
     }
     Tensor workspace;
     OP_REQUIRES_OK(
-        context, context->allocate_temp(tensorflow::DT_INT8,
-                                        TensorShape({device.ForwardWorkspace(
-                                            dtype_, sizes.rows, sizes.units)}),
-                                        &workspace));
+        context,
+        AllocateWorkspace(
+            context, device.ForwardWorkspace(dtype_, sizes.rows, sizes.units),
+            &workspace));
     void* const y_data = y->data();
     OP_REQUIRES_OK(
         context, device.EpilogueForward(dtype_, z.data(), EpilogueOf(z, bias),
@@ -577,12 +586,11 @@ class EpilogueGradOp : public EpilogueKernel {
     }
     const Epilogue epilogue = EpilogueOf(y, has_bias_ ? y.data() : nullptr);
     Tensor workspace;
-    OP_REQUIRES_OK(
-        context,
-        context->allocate_temp(tensorflow::DT_INT8,
-                               TensorShape({device.EpilogueGradientWorkspace(
-                                   dtype_, epilogue, sizes.rows, sizes.units)}),
-                               &workspace));
+    OP_REQUIRES_OK(context, AllocateWorkspace(
+                                context,
+                                device.EpilogueGradientWorkspace(
+                                    dtype_, epilogue, sizes.rows, sizes.units),
+                                &workspace));
     void* const dz_data = dz->data();
     void* const dbias_data = has_bias_ ? dbias->data() : nullptr;
     OP_REQUIRES_OK(context,

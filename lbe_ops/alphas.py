@@ -1,26 +1,136 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`AlphaVector`: what the optimizer of an `LBEModel` sees in place of its alphas.
+"""Where the `lbe_alpha` of every regularizer is kept, and what optimizers see of it.
 
-Every regularizer keeps its `lbe_alpha`, a scalar variable: that is where the value
-is, for files, for the user, for other models and functions that were traced before.
-One vector stands for all of them during a step, because hundreds of scalar updates
-(and their slots) cost more than the entropies:
+To users, files and other models every `lbe_alpha` is a scalar variable. Hundreds of
+them cost a training step more than the entropies do, so that an `LBEModel` keeps those
+of its regularizers in one `AlphaVector`, which its loss reads and its optimizer
+updates. An `Alpha` still reads and writes as a scalar then, that of its element.
 
-    refresh    vector <- scalars         (before the loss is made)
-    loss       reads the vector          (one gradient, one update)
-    assign     vector and scalars <- new (after the update, which Keras sees to)
+A scalar moves once, into the vector of the first `LBEModel` that trains or evaluates
+with it. Some never move: those that a graph has used before, which would not learn of
+it, and those of distribution strategies. A vector copies these from and to their
+scalars in every step.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
-from lbe_ops.regularizer import ALPHA_NAME, LBERegularizer
+if TYPE_CHECKING:
+    from lbe_ops.regularizer import LBERegularizer
+
+ALPHA_NAME = "lbe_alpha"
+
+
+class Alpha(keras.Variable):
+    """One `lbe_alpha`: a float32 scalar, in mixed precision too.
+
+    Args:
+        value: its initial value.
+    """
+
+    def __init__(self, value: float) -> None:
+        super().__init__(
+            keras.initializers.Constant(value),
+            shape=(),
+            dtype="float32",
+            autocast=False,
+            name=ALPHA_NAME,
+        )
+
+    def _initialize(self, value: Any) -> None:
+        super()._initialize(value)
+        if type(self._value) is ResourceVariable:  # not of a distribution strategy
+            self._value.__class__ = AlphaScalar
+
+    @property
+    def vector(self) -> tf.Variable | None:
+        """What it has moved into, if it has."""
+        return getattr(self._value, "vector", None)
+
+
+class AlphaScalar(ResourceVariable):
+    """The `tf.Variable` inside of an `Alpha`, which can move into a vector.
+
+    From then on its own memory is a copy. Whoever takes its handle, to read or to
+    write, finds it up to date, and what is written is passed on; in a graph, by
+    operations of that graph.
+    """
+
+    vector: tf.Variable | None = None
+    _index = 0
+    _in_a_graph = False
+
+    @property
+    def can_move(self) -> bool:
+        """Whether nobody relies on its own memory."""
+        return self.vector is None and not self._in_a_graph
+
+    def move(self, vector: tf.Variable, index: int) -> None:
+        """Lets the vector's element, which has the same value, take its place."""
+        self.vector, self._index = vector, index
+
+    @property
+    def handle(self) -> tf.Tensor:
+        """The resource, up to date."""
+        in_function = tf.compat.v1.get_default_graph().building_function
+        if tf.executing_eagerly() or in_function:  # and not in a graph for a file
+            if self.vector is not None:
+                self.update()
+            elif in_function:
+                self._in_a_graph = True
+        return self._handle
+
+    def update(self) -> None:
+        """Copies the element into the scalar's own memory."""
+        # Without the methods of tf.Variable, which would tell gradient tapes. They also
+        # tell the graph, and files of exported functions have what a graph knows of.
+        if not tf.executing_eagerly():
+            tf.compat.v1.get_default_graph().watch_variable(self.vector)
+        vector = tf.raw_ops.ReadVariableOp(
+            resource=self.vector.handle, dtype=self.dtype
+        )
+        tf.raw_ops.AssignVariableOp(resource=self._handle, value=vector[self._index])
+
+    def copy(self) -> tf.Tensor:
+        """What is in its own memory: the element at the last `update`."""
+        return tf.raw_ops.ReadVariableOp(resource=self._handle, dtype=self.dtype)
+
+    def _pass_on(self) -> None:
+        if self.vector is not None:
+            tf.raw_ops.ResourceStridedSliceAssign(
+                ref=self.vector.handle,
+                begin=[self._index],
+                end=[self._index + 1],
+                strides=[1],
+                value=self.copy()[tf.newaxis],
+            )
+
+    def assign(self, *args: Any, read_value: bool = True, **kwargs: Any) -> Any:
+        operation = super().assign(*args, read_value=False, **kwargs)
+        self._pass_on()
+        return self if read_value else operation
+
+    def assign_add(self, *args: Any, read_value: bool = True, **kwargs: Any) -> Any:
+        operation = super().assign_add(*args, read_value=False, **kwargs)
+        self._pass_on()
+        return self if read_value else operation
+
+    def assign_sub(self, *args: Any, read_value: bool = True, **kwargs: Any) -> Any:
+        operation = super().assign_sub(*args, read_value=False, **kwargs)
+        self._pass_on()
+        return self if read_value else operation
+
+    def _restore_from_tensors(self, restored_tensors: Any) -> Any:
+        operation = super()._restore_from_tensors(restored_tensors)
+        self._pass_on()
+        return operation
 
 
 class _Unchanged(keras.constraints.Constraint):
@@ -37,8 +147,9 @@ class _Unchanged(keras.constraints.Constraint):
 class AlphaVector(keras.Variable):
     """The `lbe_alpha` of several regularizers as one variable `[L]`.
 
-    Its own value counts from `refresh` to the end of the step only. Elements whose
-    `lbe_alpha` is not trainable get no gradient, and no optimizer moves them.
+    Elements whose `lbe_alpha` is not trainable get no gradient, and no optimizer moves
+    them. Those of scalars that did not move here count from the beginning to the end
+    of a step only.
 
     Args:
         regularizers: whose alphas; each once.
@@ -73,6 +184,7 @@ class AlphaVector(keras.Variable):
         )
         self._scalars = [regularizer.lbe_alpha for regularizer in regularizers]
         self._index = {id(scalar): i for i, scalar in enumerate(self._scalars)}
+        self._elsewhere: list[int] | None = None  # those that did not move here
         self.constraint = _Unchanged()
 
     def stands_for(self, regularizers: Sequence[LBERegularizer]) -> bool:
@@ -84,34 +196,88 @@ class AlphaVector(keras.Variable):
         others = [v for v in variables if id(v) not in self._index]
         return others if len(others) == len(variables) else [*others, self]
 
-    def assign(self, value: Any) -> Any:
-        """Sets the vector, and the scalars that are trainable."""
-        value = keras.ops.convert_to_tensor(value, dtype=self.dtype)
-        super().assign(value)
-
-        def pass_on(strategy: tf.distribute.Strategy, elements: list[Any]) -> None:
-            for scalar, element in zip(self._scalars, elements, strict=True):
-                if scalar.trainable:
-                    strategy.extended.update(
-                        scalar.value, _assign, args=(element,), group=False
-                    )
-
-        _for_all_replicas(pass_on, tf.unstack(value))
-        return value
-
-    def refresh(self) -> None:
-        """Sets the vector to what the scalars are now."""
-        super().assign(tf.stack([scalar.value for scalar in self._scalars]))
-
-    def select(self, regularizers: Sequence[LBERegularizer]) -> tf.Tensor:
+    def for_training(self, regularizers: Sequence[LBERegularizer]) -> tf.Tensor:
         """The alphas of these regularizers, differentiable by the vector.
 
         A regularizer may occur more than once, or not at all.
         """
-        alphas = tf.convert_to_tensor(self.value)
+        self._settle()
         trainable = [scalar.trainable for scalar in self._scalars]
+        for i in self._fixed_here():
+            self._scalars[i]._value.update()
+        if self._elsewhere:
+            super().assign(self._current())
+        alphas = tf.convert_to_tensor(self.value)
         if not all(trainable):
             alphas = tf.where(trainable, alphas, tf.stop_gradient(alphas))
+        return self._select(alphas, regularizers)
+
+    def for_evaluation(self, regularizers: Sequence[LBERegularizer]) -> tf.Tensor:
+        """The alphas of these regularizers, and nothing is assigned."""
+        self._settle()
+        return self._select(self._current(), regularizers)
+
+    def assign(self, value: Any) -> Any:
+        """Sets the scalars that are trainable, after the beginning of a step."""
+        value = keras.ops.convert_to_tensor(value, dtype=self.dtype)
+        fixed = self._fixed_here()
+        if fixed:  # momentum moves even what has no gradient
+            elements = tf.unstack(value)
+            for i in fixed:
+                elements[i] = self._scalars[i]._value.copy()
+            value = tf.stack(elements)
+        super().assign(value)
+
+        def pass_on(strategy: tf.distribute.Strategy, elements: list[Any]) -> None:
+            for i in self._elsewhere or ():
+                scalar = self._scalars[i]
+                if scalar.trainable:
+                    strategy.extended.update(
+                        scalar.value, _assign, args=(elements[i],), group=False
+                    )
+
+        if self._elsewhere:
+            _for_all_replicas(pass_on, tf.unstack(value))
+        return value
+
+    def _settle(self) -> None:
+        """Lets the scalars that can move here; once, and not before a step needs it."""
+        if self._elsewhere is not None:
+            return
+        inner = [scalar._value for scalar in self._scalars]
+        here = [
+            i
+            for i, scalar in enumerate(inner)
+            if isinstance(scalar, AlphaScalar) and scalar.can_move
+        ]
+        if here:
+            with tf.init_scope():
+                super().assign(tf.stack(inner))
+            for i in here:
+                inner[i].move(self._value, i)
+        self._elsewhere = [i for i in range(len(inner)) if i not in set(here)]
+
+    def _fixed_here(self) -> list[int]:
+        """Those that moved here and are not trainable at present."""
+        if self._elsewhere is None:
+            return []
+        return [
+            i
+            for i, scalar in enumerate(self._scalars)
+            if not scalar.trainable and i not in self._elsewhere
+        ]
+
+    def _current(self) -> tf.Tensor:
+        if not self._elsewhere:
+            return tf.convert_to_tensor(self.value)
+        elements = tf.unstack(tf.convert_to_tensor(self.value))
+        for i in self._elsewhere:
+            elements[i] = tf.convert_to_tensor(self._scalars[i].value)
+        return tf.stack(elements)
+
+    def _select(
+        self, alphas: tf.Tensor, regularizers: Sequence[LBERegularizer]
+    ) -> tf.Tensor:
         indices = [self._index[id(each.lbe_alpha)] for each in regularizers]
         if indices == list(range(len(self._scalars))):
             return alphas

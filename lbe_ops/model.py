@@ -22,9 +22,8 @@ from keras.src.models.functional import Functional, functional_from_config
 from keras.src.utils import python_utils, tracking
 
 from lbe_ops import epilogue
-from lbe_ops.alphas import AlphaVector
+from lbe_ops.alphas import ALPHA_NAME, AlphaVector
 from lbe_ops.regularizer import (
-    ALPHA_NAME,
     Entry,
     LBERegularizer,
     Record,
@@ -65,11 +64,12 @@ class LBEModel(keras.Model):
     It is absent from `predict`, from plain calls and from exported models.
 
     Every `lbe_alpha` stays a weight of its regularizer, to read, to assign and in
-    files. The optimizer sees one vector of them, the last of `trainable_variables`:
-    differentiate these in loops of your own. What an optimizer takes from a variable
-    as a whole, it takes from the vector: the norm of `clipnorm` (`global_clipnorm`
-    and `clipvalue` make no difference), of `Lamb` and of `Adafactor`. A step without
-    an alpha's layer gives it a gradient of zero, and momentum still moves it.
+    files. They are kept in one vector, the last of `trainable_variables`, and that is
+    what the optimizer sees: differentiate these in loops of your own. What an
+    optimizer takes from a variable as a whole, it takes from the vector: the norm of
+    `clipnorm` (`global_clipnorm` and `clipvalue` make no difference), of `Lamb` and of
+    `Adafactor`. A step without an alpha's layer gives it a gradient of zero, and
+    momentum still moves it.
     `SwapEMAWeights` swaps the other weights only; at its end, `fit` sets alpha to its
     average too.
 
@@ -233,7 +233,7 @@ class LBEModel(keras.Model):
 
     @functools.wraps(keras.Model.get_state_tree)
     def get_state_tree(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        # The vector is out of date between steps.
+        # Scalars, as files have them.
         with _set(_one_by_one):
             return super().get_state_tree(*args, **kwargs)
 
@@ -342,19 +342,22 @@ class LBEModel(keras.Model):
         regularizers = [entry.regularizer for entry in entries]
         if training:
             self._warn_of_layers_not_called(regularizers)
-        vector = self._alphas() if training else None
-        if vector is None:
-            alphas = tf.stack([each.lbe_alpha.value for each in regularizers])
-        else:
-            vector.refresh()
-            alphas = vector.select(regularizers)
+        vector = self._alphas()
+        select = vector.for_training if training else vector.for_evaluation
+        alphas = select(regularizers)
         losses = lbe_losses(
             tf.stack([tf.cast(entry.entropy, dtype) for entry in entries]),
-            tf.stack([tf.cast(entry.valid, dtype) for entry in entries]),
             tf.cast(alphas, dtype),
             [each.lbe_alpha_min for each in regularizers],
             [each.lbe_beta for each in regularizers],
         )
+        if any(entry.valid is not None for entry in entries):
+            losses *= tf.stack(
+                [
+                    tf.ones((), dtype) if e.valid is None else tf.cast(e.valid, dtype)
+                    for e in entries
+                ]
+            )
         return tf.reduce_mean(losses), tf.reduce_max(losses)
 
     def _warn_of_layers_not_called(self, called: list[LBERegularizer]) -> None:

@@ -26,8 +26,7 @@ from tensorflow.python import pywrap_tfe
 
 from lbe_ops import native as native_library
 from lbe_ops import ops
-
-ALPHA_NAME = "lbe_alpha"
+from lbe_ops.alphas import Alpha
 
 # From 3.14 on (and in Keras 2) a layer divides the value of its activity regularizer
 # by the batch size. LBE is a mean over the batch already.
@@ -36,11 +35,14 @@ _KERAS_DIVIDES = tuple(int(n) for n in keras.__version__.split(".")[:2]) >= (3, 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One call of a regularizer: the scalars of `ops.batch_entropy_or_zero`."""
+    """One call of a regularizer: the scalars of `ops.batch_entropy_or_zero`.
+
+    `valid` is None where the shape says already that it is 1.
+    """
 
     regularizer: LBERegularizer
     entropy: tf.Tensor
-    valid: tf.Tensor
+    valid: tf.Tensor | None
 
 
 class Record:
@@ -56,6 +58,7 @@ class Record:
         self._model = weakref.ref(model)
         self.entries: list[Entry] = []
         self._graph = _current_graph()
+        self._zero: tf.Tensor | None = None
         self._zeros: list[tuple[keras.layers.Layer, int]] = []
 
     def add(self, entry: Entry, layer: str) -> None:
@@ -76,7 +79,11 @@ class Record:
     def zero(self, layer: keras.layers.Layer) -> tf.Tensor:
         """A loss for Keras to add to those of `layer`, where there is none."""
         self._zeros.append((layer, len(layer._losses)))
-        return tf.zeros(())
+        if _current_graph() is not self._graph:
+            return tf.zeros(())
+        if self._zero is None:
+            self._zero = tf.zeros(())
+        return self._zero
 
     def remove_zeros(self) -> None:
         """After the forward pass: hundreds of them cost more than the entropies."""
@@ -101,19 +108,15 @@ def recording(record: Record) -> Iterator[Record]:
 
 
 def lbe_losses(
-    entropy: tf.Tensor,
-    valid: tf.Tensor,
-    alpha: tf.Tensor,
-    alpha_min: Any,
-    beta: Any,
+    entropy: tf.Tensor, alpha: tf.Tensor, alpha_min: Any, beta: Any
 ) -> tf.Tensor:
-    """`LBE = valid * beta * (H - max(|alpha|, alpha_min))^2`, element by element.
+    """`LBE = beta * (H - max(|alpha|, alpha_min))^2`, element by element.
 
     `tf.maximum` gives the gradient of a tie to its first argument: alpha can leave
     alpha_min.
     """
     target = tf.maximum(tf.abs(alpha), tf.constant(alpha_min, alpha.dtype))
-    return valid * beta * tf.square(entropy - target)
+    return beta * tf.square(entropy - target)
 
 
 @keras.saving.register_keras_serializable(package="lbe_ops")
@@ -201,14 +204,10 @@ class LBERegularizer(keras.layers.Layer):
         self.formula = ops.check_formula(ddof, scale, offset)
         self.native = native
         # Made here and not in build(): a Functional model lists its variables before
-        # its first call. autocast=False: float32 in mixed precision too.
-        self.lbe_alpha = self.add_weight(
-            name=ALPHA_NAME,
-            shape=(),
-            initializer=keras.initializers.Constant(float(lbe_alpha)),
-            dtype="float32",
-            autocast=False,
-        )
+        # its first call.
+        with keras.name_scope(self.name, caller=self):
+            self.lbe_alpha = Alpha(float(lbe_alpha))
+        self.lbe_alpha.trainable = trainable
         self.built = True
 
     @property
@@ -271,11 +270,12 @@ class LBERegularizer(keras.layers.Layer):
         else:
             entropy, valid = ops.batch_entropy_or_zero(x, **self.formula, native=native)
         if record is not None:
+            if (x.shape[0] or 0) >= 2 and x.shape[1:].num_elements():
+                valid = None
             record.add(Entry(self, entropy, valid), _name(layer))
             return self._other(x, layer, record)
-        loss = lbe_losses(
+        loss = valid * lbe_losses(
             entropy,
-            valid,
             tf.cast(self.lbe_alpha.value, entropy.dtype),
             self.lbe_alpha_min,
             self.lbe_beta,
@@ -357,6 +357,14 @@ class LBERegularizer(keras.layers.Layer):
             "name": self.name,
             "trainable": self.trainable,
         }
+
+    def _trackable_children(
+        self, save_type: str = "checkpoint", **kwargs: Any
+    ) -> dict[str, Any]:
+        children = super()._trackable_children(save_type, **kwargs)
+        if save_type == "savedmodel" and self.lbe_alpha.vector is not None:
+            children["lbe_alphas"] = self.lbe_alpha.vector  # functions may read it
+        return children
 
     def load_own_variables(self, store: Any) -> None:
         """Restores alpha; a file that does not have it is an error."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every `lbe_alpha` is a scalar, and one vector to the optimizer: nobody can tell.
+"""Every `lbe_alpha` is a scalar, and an element of one vector: nobody can tell.
 
 Expected values come from a training loop written out here, over the scalars.
 """
@@ -371,6 +371,160 @@ def test_a_model_made_by_add_lbe_and_its_original_train_in_turn():
             each.fit(X, Y, verbose=0)
             values.append(alpha.numpy())
     assert len(set(map(float, values))) == 5
+
+
+# Scalars that have moved into the vector ------------------------------------------
+
+
+def captured_scalars(model):
+    """How many scalars a training step of the model reads or writes."""
+    step = tf.function(lambda x, y: model.train_step((x, y)), autograph=False)
+    graph = step.get_concrete_function(tf.constant(X), tf.constant(Y)).graph
+    captured = {id(tensor) for tensor, _ in graph.captures}
+    return sum(id(r.lbe_alpha.value.handle) in captured for r in model.lbe_regularizers)
+
+
+def test_a_training_step_does_not_touch_the_scalars():
+    model = functional(chain())
+    model.compile("adam", "mse")
+    assert captured_scalars(model) == 0
+    model.evaluate(X, Y, verbose=0)
+    assert captured_scalars(model) == 0
+
+
+def stepping(model):
+    """A step in a graph of its own, with nothing of Keras' around it."""
+
+    @tf.function(autograph=False)
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            loss = model.compute_loss(x, y, model(x, training=True))
+        variables = model.trainable_variables
+        model.optimizer.apply(tape.gradient(loss, variables), variables)
+        return loss
+
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    model.optimizer.build(model.trainable_variables)
+    return lambda: step(tf.constant(X), tf.constant(Y))
+
+
+WRITES = {
+    "keras": lambda v: v.assign(0.9),
+    "assign": lambda v: v.value.assign(0.9),
+    "assign_add": lambda v: v.value.assign_add(0.9 - v.value),
+    "assign_sub": lambda v: v.value.assign_sub(v.value - 0.9),
+    "chained": lambda v: v.value.assign(0.5).assign_add(0.4),
+    "in a graph": lambda v: tf.function(lambda: v.assign(0.9), autograph=False)(),
+}
+
+
+@pytest.mark.parametrize("how", [*WRITES, "restored"])
+def test_every_way_to_write_a_scalar_reaches_the_next_step(how, tmp_path):
+    layers, expected = chain(), chain()
+    step = stepping(functional(layers))
+    optimizer = keras.optimizers.Adam(0.05)
+    step()
+    train_by_hand(expected, optimizer, 1)
+    scalar = scalars(layers)[1]
+    if how == "restored":
+        value = scalar.numpy()
+        scalar.assign(0.9)
+        file = tf.train.Checkpoint(v=scalar).write(str(tmp_path / "alpha"))
+        scalar.assign(value)
+        tf.train.Checkpoint(v=scalar).read(file).assert_consumed()
+    else:
+        WRITES[how](scalar)
+    assert scalar.numpy() == np.float32(0.9)
+    scalars(expected)[1].assign(0.9)
+    step()
+    train_by_hand(expected, optimizer, 1)
+    assert_same(weights(layers), weights(expected))
+
+
+def test_every_way_to_read_a_scalar_sees_the_last_step(tmp_path):
+    layers = chain()
+    model = functional(layers)
+    step = stepping(model)
+    scalar = scalars(layers)[1]
+    inner = scalar.value  # a tf.Variable that somebody has kept
+
+    @tf.function(autograph=False)
+    def read():
+        return scalar + 0.0
+
+    seen = [scalar.numpy()]
+    step()
+    for read_it in (
+        lambda: model.trainable_variables[-1].numpy()[1],
+        scalar.numpy,
+        inner.numpy,
+        lambda: inner.read_value().numpy(),
+        lambda: tf.convert_to_tensor(scalar).numpy(),
+        lambda: float(scalar + 0.0),
+        lambda: read().numpy(),
+        lambda: model.get_weights()[5],
+        lambda: layers[1].activity_regularizer.get_config()["lbe_alpha"],
+        lambda: tf.raw_ops.ReadVariableOp(resource=inner.handle, dtype=tf.float32),
+        lambda: tf.train.load_variable(
+            tf.train.Checkpoint(v=scalar).write(str(tmp_path / "alpha")),
+            "v/.ATTRIBUTES/VARIABLE_VALUE",
+        ),
+    ):
+        step()
+        ours = np.float32(read_it())
+        assert ours == np.float32(model.trainable_variables[-1].numpy()[1])
+        seen.append(ours)
+    assert len(set(map(float, seen))) == len(seen)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_graph_that_reads_and_writes_a_scalar_around_a_step(before):
+    """Before the scalar has moved, so that it never does, or afterwards."""
+    layers, expected = chain(), chain()
+    model = functional(layers)
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    scalar = scalars(layers)[1]
+    if not before:
+        model.train_on_batch(X, Y)
+
+    @tf.function(autograph=False)
+    def around(x, y):
+        scalar.assign(scalar + 0.25)
+        with tf.GradientTape() as tape:
+            loss = model.compute_loss(x, y, model(x, training=True))
+        at_first = scalar + 0.0
+        variables = model.trainable_variables
+        model.optimizer.apply(tape.gradient(loss, variables), variables)
+        return at_first, scalar + 0.0
+
+    model.optimizer.build(model.trainable_variables)
+    ours = around(tf.constant(X), tf.constant(Y))
+    optimizer = keras.optimizers.Adam(0.05)
+    if not before:
+        train_by_hand(expected, optimizer, 1)
+    other = scalars(expected)[1]
+    other.assign(other + 0.25)
+    value = other.numpy()
+    train_by_hand(expected, optimizer, 1)
+    np.testing.assert_allclose(ours, [value, other.numpy()], rtol=1e-5)
+    assert_same(weights(layers), weights(expected))
+    assert captured_scalars(model) == int(before)
+
+
+@pytest.mark.parametrize("first", [LBEModel, keras.Model])
+def test_graphs_of_two_models_that_share_layers(first):
+    """The plain one has scalars in its graph, traced before or after they moved."""
+    layers, expected = chain(), chain()
+    lbe, plain = functional(layers), functional(layers, keras.Model)
+    order = [lbe, plain] if first is LBEModel else [plain, lbe]
+    steps = [stepping(model) for model in order]
+    optimizers = [keras.optimizers.Adam(0.05) for _ in order]
+    for _ in range(3):
+        for model, step, optimizer in zip(order, steps, optimizers, strict=True):
+            step()
+            loss = lbe_model_loss if model is lbe else (lambda ce, lbe: ce + sum(lbe))
+            train_by_hand(expected, optimizer, 1, loss=loss)
+            assert_same(weights(layers), weights(expected))
 
 
 # Files ---------------------------------------------------------------------------

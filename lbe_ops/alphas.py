@@ -37,7 +37,7 @@ class Alpha(keras.Variable):
 
     def __init__(self, value: float) -> None:
         super().__init__(
-            keras.initializers.Constant(value),
+            lambda shape, dtype: tf.constant(value, dtype, shape),
             shape=(),
             dtype="float32",
             autocast=False,

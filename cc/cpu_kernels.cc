@@ -191,12 +191,11 @@ struct Loops {
   using Scalar = typename Convert<Element>::Scalar;
   using Line = typename Convert<Element>::Line;
   static constexpr int64_t kLanes = kLineBytes / sizeof(Scalar);
-  // Two leaves stay in registers until they are one node of the tree. More
-  // would read more rows at a time than a cache set holds where rows are 4 KB
-  // apart.
+  // Rows of the tree's lowest node that is made in registers: two leaves, or
+  // one where y is written besides and rows are a multiple of this many bytes
+  // apart. A set of the first cache then holds no more lines than that.
   static constexpr int kChunkRows = 2 * kLeafRows;
-  static constexpr int kLevels = 10;
-  static_assert(kChunkRows << (kLevels - 1) == kPartRows, "levels of the tree");
+  static constexpr int64_t kSetBytes = 4096;
   // While one segment of a chunk's rows is worked on, the next one is fetched,
   // row by row: memory is read in longer runs than by 16 rows in turn, of which
   // the processor's own prefetcher loses track at every page.
@@ -231,42 +230,78 @@ struct Loops {
     __builtin_memcpy(p, &line, (columns - column) * sizeof(Scalar));
   }
 
-  // Moments of leaf rows [0, rows) of what `load` makes of a row: a line of
-  // columns, or the scalar of one.
-  template <typename Load>
-  LBE_MATH auto Leaf(const Load& load, const Element* x, int64_t stride,
+  // Columns of x as they stand in memory: a line of them, a short one, or one.
+  struct FullColumns {
+    const Element* x;
+    Line Load(int64_t at) const { return Convert<Element>::Load(x + at); }
+    static Line Keep(const Line& line, int64_t) { return line; }
+  };
+  struct FewColumns {
+    const Element* x;
+    int64_t width;
+    Line Load(int64_t at) const { return LoadPart(x + at, width); }
+    static Line Keep(const Line& line, int64_t) { return line; }
+  };
+  struct OneColumn {
+    const Element* x;
+    Scalar Load(int64_t at) const { return Convert<Element>::LoadOne(x + at); }
+    static Scalar Keep(Scalar value, int64_t) { return value; }
+  };
+  // Columns of y, made of those of z.
+  template <Activation kActivation>
+  struct MadeColumns {
+    const Element* z;
+    Element* y;
+    Line bias;
+    Scalar alpha;
+    __attribute__((always_inline)) Line Load(int64_t at) const {
+      return Activate<kActivation>(Convert<Element>::Load(z + at) + bias,
+                                   alpha);
+    }
+    __attribute__((always_inline)) Line Keep(const Line& line,
+                                             int64_t at) const {
+      Convert<Element>::Store(line, y + at);
+      if constexpr (sizeof(Element) == sizeof(Scalar)) return line;
+      return Convert<Element>::Load(y + at);  // rounded
+    }
+  };
+
+  // Moments of `rows` <= kLeafRows rows of columns at an offset.
+  template <typename Columns>
+  LBE_MATH auto Leaf(const Columns& columns, int64_t at, int64_t stride,
                      int rows) {
-    using V = decltype(load(x));
-    V values[kLeafRows];
+    decltype(columns.Load(at)) values[kLeafRows] = {};
+    // All are read before one is written: a processor waits where a row is read
+    // that is a multiple of 4 KB behind one being written.
     for (int r = 0; r < kLeafRows; ++r) {
-      values[r] = r < rows ? load(x + r * stride) : V{};
+      if (r < rows) values[r] = columns.Load(at + r * stride);
+    }
+    for (int r = 0; r < kLeafRows; ++r) {
+      if (r < rows) values[r] = columns.Keep(values[r], at + r * stride);
     }
     return LeafMoments<Scalar>(values, rows);
   }
 
   // The same over `rows` <= kChunkRows rows.
-  template <typename Load>
-  LBE_MATH auto Chunk(const Load& load, const Element* x, int64_t stride,
+  template <typename Columns>
+  LBE_MATH auto Chunk(const Columns& columns, int64_t at, int64_t stride,
                       int rows) {
-    if (rows <= kLeafRows) return Leaf(load, x, stride, rows);
-    return Merge(Leaf(load, x, stride, kLeafRows),
-                 Leaf(load, x + kLeafRows * stride, stride, rows - kLeafRows),
-                 WeightsOf<Scalar>(kLeafRows, rows - kLeafRows));
+    if (rows <= kLeafRows) return Leaf(columns, at, stride, rows);
+    return Merge(
+        Leaf(columns, at, stride, kLeafRows),
+        Leaf(columns, at + kLeafRows * stride, stride, rows - kLeafRows),
+        WeightsOf<Scalar>(kLeafRows, rows - kLeafRows));
   }
 
-  // The same for `width` < kLanes columns: few of them one by one, since a line
-  // would be filled piece by piece.
+  // The same for `width` < kLanes columns of x: few of them one by one, since a
+  // line would be filled piece by piece.
   static Moments<Line> NarrowChunk(const Element* x, int64_t stride, int rows,
                                    int64_t width) {
     constexpr int64_t kFew = 4;
-    if (width > kFew) {
-      return Chunk([width](const Element* p) { return LoadPart(p, width); }, x,
-                   stride, rows);
-    }
+    if (width > kFew) return Chunk(FewColumns{x, width}, 0, stride, rows);
     Moments<Line> line = {};
     for (int64_t c = 0; c < width; ++c) {
-      const auto moments =
-          Chunk(Convert<Element>::LoadOne, x + c, stride, rows);
+      const auto moments = Chunk(OneColumn{x}, c, stride, rows);
       line.mean[c] = moments.mean;
       line.m2[c] = moments.m2;
     }
@@ -274,13 +309,14 @@ struct Loops {
   }
 
   // The share of column c in fetching the segment after that of c.
+  template <int kRows>
   LBE_MATH void Prefetch(const Element* x, int64_t units, int64_t c,
                          int64_t columns) {
     constexpr int64_t kSteps = kSegment / kLanes;
     constexpr int64_t kLines = kSegmentBytes / kLineBytes;
-    constexpr int64_t kShare = kChunkRows * kLines / kSteps;
+    constexpr int64_t kShare = kRows * kLines / kSteps;
     const int64_t next = (c / kSegment + 1) * kSegment;
-    const Element* from = next < columns ? x + next : x + kChunkRows * units;
+    const Element* from = next < columns ? x + next : x + kRows * units;
     const int64_t first = c / kLanes % kSteps * kShare;
     const auto* row =
         reinterpret_cast<const char*>(from + first / kLines * units);
@@ -333,35 +369,103 @@ struct Loops {
     }
   }
 
-  static void MakeY(const EpilogueOperands& o, int64_t row, int64_t rows,
-                    int64_t column, int64_t columns) {
-    switch (o.epilogue->activation) {
-#define LBE_ACTIVATION(name, keras_name) \
-  case Activation::name:                 \
-    return MakeYWith<Activation::name>(o, row, rows, column, columns);
+  // Where the activations come from: memory,
+  struct Activations {
+    const Element* x;
+    const Element* y;
+
+    void Begin(int64_t, int64_t) const {}
+    void BeginNarrow(int64_t, int64_t, int64_t, int64_t) const {}
+    FullColumns At(int64_t) const { return {x}; }
+  };
+
+  // or an epilogue, which makes and stores them, a chunk of rows at a time,
+  // which then is read where it stays in the caches,
+  template <Activation kActivation>
+  struct MadeInMemory : Activations {
+    const EpilogueOperands& operands;
+    int64_t row;
+    int64_t column;
+    int64_t columns;
+
+    void Begin(int64_t first, int64_t rows) const {
+      MakeYWith<kActivation>(operands, row + first, rows, column, columns);
+    }
+  };
+
+  // or line by line, on their way into the moments.
+  template <Activation kActivation>
+  struct MadeInRegisters : MadeInMemory<kActivation> {
+    void Begin(int64_t, int64_t) const {}
+    void BeginNarrow(int64_t first, int64_t rows, int64_t c,
+                     int64_t width) const {
+      MakeYWith<kActivation>(this->operands, this->row + first, rows,
+                             this->column + c, width);
+    }
+    MadeColumns<kActivation> At(int64_t c) const {
+      const Epilogue& epilogue = *this->operands.epilogue;
+      const Element* bias = static_cast<const Element*>(epilogue.bias);
+      return {this->x, const_cast<Element*>(this->y),
+              bias == nullptr
+                  ? Line{}
+                  : BiasLine(bias, epilogue.channels, this->column + c, kLanes),
+              static_cast<Scalar>(epilogue.alpha)};
+    }
+  };
+
+  static void MomentsOf(const void* x, const EpilogueOperands* operands,
+                        int64_t units, int64_t row, int64_t rows,
+                        int64_t column, int64_t columns, void* mean, void* m2) {
+    const int64_t first = row * units + column;
+    const Element* y = static_cast<const Element*>(x) + first;
+    if (operands == nullptr) {
+      return MomentsFrom<kChunkRows>(Activations{y, y}, units, rows, columns,
+                                     mean, m2);
+    }
+    const Element* z = static_cast<const Element*>(operands->z) + first;
+    switch (operands->epilogue->activation) {
+#define LBE_ACTIVATION(name, keras_name)                                       \
+  case Activation::name:                                                       \
+    if constexpr (Activation::name <= Activation::kLeakyRelu) {                \
+      using Made = MadeInRegisters<Activation::name>;                          \
+      const Made made{{{z, y}, *operands, row, column, columns}};              \
+      const auto run = units * sizeof(Element) % kSetBytes == 0                \
+                           ? MomentsFrom<kLeafRows, Made>                      \
+                           : MomentsFrom<kChunkRows, Made>;                    \
+      return run(made, units, rows, columns, mean, m2);                        \
+    } else {                                                                   \
+      using Made = MadeInMemory<Activation::name>;                             \
+      return MomentsFrom<kChunkRows>(                                          \
+          Made{{y, y}, *operands, row, column, columns}, units, rows, columns, \
+          mean, m2);                                                           \
+    }
       LBE_FOR_EACH_ACTIVATION(LBE_ACTIVATION)
 #undef LBE_ACTIVATION
     }
+  }
+
+  static constexpr int LogOfTwo(int64_t power) {
+    return power == 1 ? 0 : 1 + LogOfTwo(power / 2);
   }
 
   // The tree, leaf by leaf, as a binary counter: level l of `stack` holds the
   // node over the latest 2^l full chunks, where bit l of the count of chunks is
   // set. A chunk merges with the nodes that it completes while it is in
   // registers, and the last one with all that are left.
-  static void MomentsOf(const void* from, const EpilogueOperands* epilogue,
-                        int64_t units, int64_t row, int64_t rows,
-                        int64_t column, int64_t columns, void* mean, void* m2) {
+  template <int kRows, typename Source>
+  static void MomentsFrom(const Source& source, int64_t units, int64_t rows,
+                          int64_t columns, void* mean, void* m2) {
     struct Node {
       Line mean[kTile / kLanes];
       Line m2[kTile / kLanes];
     };
+    constexpr int kLevels = 1 + LogOfTwo(kPartRows / kRows);
     alignas(kLineBytes) Node stack[kLevels];
-    const Element* x = static_cast<const Element*>(from) + row * units + column;
-    for (int64_t chunk = 0; chunk * kChunkRows < rows;
-         ++chunk, x += kChunkRows * units) {
-      const int64_t rest = rows - chunk * kChunkRows;
-      const bool last = rest <= kChunkRows;
-      const int chunk_rows = last ? static_cast<int>(rest) : kChunkRows;
+    for (int64_t chunk = 0; chunk * kRows < rows; ++chunk) {
+      const int64_t at = chunk * kRows * units;
+      const int64_t rest = rows - chunk * kRows;
+      const bool last = rest <= kRows;
+      const int chunk_rows = last ? static_cast<int>(rest) : kRows;
       int level = 0;
       int merges = 0;
       const Node* left[kLevels];
@@ -371,7 +475,7 @@ struct Loops {
           if (last) continue;
           break;
         }
-        const int64_t left_rows = int64_t{kChunkRows} << level;
+        const int64_t left_rows = int64_t{kRows} << level;
         left[merges] = &stack[level];
         weights[merges++] = WeightsOf<Scalar>(left_rows, merged);
         merged += left_rows;
@@ -390,24 +494,21 @@ struct Loops {
           stack[level].m2[line] = node.m2;
         }
       };
-      const auto load = [](const Element* p) __attribute__((always_inline)) {
-        return Convert<Element>::Load(p);
-      };
-      if (epilogue != nullptr) {
-        // These rows stay in the caches until they are read below.
-        MakeY(*epilogue, row + chunk * kChunkRows, chunk_rows, column, columns);
-      }
+      source.Begin(chunk * kRows, chunk_rows);
       int64_t c = 0;
-      if (chunk_rows == kChunkRows) {
+      if (chunk_rows == kRows) {
         for (; c + kLanes <= columns; c += kLanes) {
-          if (columns >= kSegment) Prefetch(x, units, c, columns);
-          merge_up(Chunk(load, x + c, units, kChunkRows), c / kLanes);
+          if (columns >= kSegment)
+            Prefetch<kRows>(source.x + at, units, c, columns);
+          merge_up(Chunk(source.At(c), at + c, units, kRows), c / kLanes);
         }
       }
-      for (; c < columns; c += kLanes) {
-        const int64_t width = columns - c < kLanes ? columns - c : kLanes;
-        merge_up(width < kLanes ? NarrowChunk(x + c, units, chunk_rows, width)
-                                : Chunk(load, x + c, units, chunk_rows),
+      for (; c + kLanes <= columns; c += kLanes) {
+        merge_up(Chunk(source.At(c), at + c, units, chunk_rows), c / kLanes);
+      }
+      if (c < columns) {
+        source.BeginNarrow(chunk * kRows, chunk_rows, c, columns - c);
+        merge_up(NarrowChunk(source.y + at + c, units, chunk_rows, columns - c),
                  c / kLanes);
       }
     }

@@ -30,6 +30,12 @@ enum class Activation {
 #undef LBE_ACTIVATION
 };
 
+// Whether an activation takes a few instructions, and not an exponential.
+constexpr bool IsCheap(Activation activation) {
+  return activation == Activation::kLinear || activation == Activation::kRelu ||
+         activation == Activation::kLeakyRelu;
+}
+
 // Klambauer et al., "Self-Normalizing Neural Networks", 2017.
 constexpr double kSeluAlpha = 1.6732632423543772848170429916717;
 constexpr double kSeluScale = 1.0507009873554804934193349852946;

@@ -371,12 +371,12 @@ struct Loops {
 
   // Where the activations come from: memory,
   struct Activations {
-    const Element* x;
+    const Element* from;
     const Element* y;
 
     void Begin(int64_t, int64_t) const {}
     void BeginNarrow(int64_t, int64_t, int64_t, int64_t) const {}
-    FullColumns At(int64_t) const { return {x}; }
+    FullColumns At(int64_t) const { return {from}; }
   };
 
   // or an epilogue, which makes and stores them, a chunk of rows at a time,
@@ -405,7 +405,7 @@ struct Loops {
     MadeColumns<kActivation> At(int64_t c) const {
       const Epilogue& epilogue = *this->operands.epilogue;
       const Element* bias = static_cast<const Element*>(epilogue.bias);
-      return {this->x, const_cast<Element*>(this->y),
+      return {this->from, const_cast<Element*>(this->y),
               bias == nullptr
                   ? Line{}
                   : BiasLine(bias, epilogue.channels, this->column + c, kLanes),
@@ -426,7 +426,7 @@ struct Loops {
     switch (operands->epilogue->activation) {
 #define LBE_ACTIVATION(name, keras_name)                                       \
   case Activation::name:                                                       \
-    if constexpr (Activation::name <= Activation::kLeakyRelu) {                \
+    if constexpr (IsCheap(Activation::name)) {                                 \
       using Made = MadeInRegisters<Activation::name>;                          \
       const Made made{{{z, y}, *operands, row, column, columns}};              \
       const auto run = units * sizeof(Element) % kSetBytes == 0                \
@@ -459,7 +459,7 @@ struct Loops {
       Line mean[kTile / kLanes];
       Line m2[kTile / kLanes];
     };
-    constexpr int kLevels = 1 + LogOfTwo(kPartRows / kRows);
+    constexpr int kLevels = LogOfTwo(kPartRows / kRows);
     alignas(kLineBytes) Node stack[kLevels];
     for (int64_t chunk = 0; chunk * kRows < rows; ++chunk) {
       const int64_t at = chunk * kRows * units;
@@ -498,8 +498,9 @@ struct Loops {
       int64_t c = 0;
       if (chunk_rows == kRows) {
         for (; c + kLanes <= columns; c += kLanes) {
-          if (columns >= kSegment)
-            Prefetch<kRows>(source.x + at, units, c, columns);
+          if (columns >= kSegment) {
+            Prefetch<kRows>(source.from + at, units, c, columns);
+          }
           merge_up(Chunk(source.At(c), at + c, units, kRows), c / kLanes);
         }
       }

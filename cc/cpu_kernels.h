@@ -52,7 +52,7 @@ struct CpuLoops {
 
   // Moments of columns [column, column + columns) over rows [row, row + rows)
   // of x [.., units], to mean and m2 [columns]. With an epilogue, whose y is x,
-  // that part of x is made first.
+  // that part of x is made on the way.
   void (*moments)(const void* x, const EpilogueOperands* epilogue,
                   int64_t units, int64_t row, int64_t rows, int64_t column,
                   int64_t columns, void* mean, void* m2);

@@ -56,16 +56,17 @@ class Alpha(keras.Variable):
 
 
 class AlphaScalar(ResourceVariable):
-    """The `tf.Variable` inside of an `Alpha`, which can move into a vector.
+    """The `tf.Variable` inside of an `Alpha`, which can become a view of an element.
 
-    From then on its own memory is a copy. Whoever takes its handle, to read or to
-    write, finds it up to date, and what is written is passed on; in a graph, by
-    operations of that graph.
+    Its own memory is a copy then. `handle` brings it up to date first, and `assign`,
+    `assign_add`, `assign_sub` and restoring write the element too; in a graph by
+    operations of that graph. What is written in other ways is lost: through the bare
+    handle, or by a `tf.function` to a variable that is its argument.
     """
 
     vector: tf.Variable | None = None
     _index = 0
-    _in_a_graph = False
+    _in_a_graph = False  # its handle, if only for a moment
 
     @property
     def can_move(self) -> bool:
@@ -79,11 +80,12 @@ class AlphaScalar(ResourceVariable):
     @property
     def handle(self) -> tf.Tensor:
         """The resource, up to date."""
-        in_function = tf.compat.v1.get_default_graph().building_function
-        if tf.executing_eagerly() or in_function:  # and not in a graph for a file
+        eager = tf.executing_eagerly()
+        # A plain graph is that of a SavedModel, which takes no operations.
+        if eager or tf.compat.v1.get_default_graph().building_function:
             if self.vector is not None:
                 self.update()
-            elif in_function:
+            elif not eager:
                 self._in_a_graph = True
         return self._handle
 
@@ -98,50 +100,63 @@ class AlphaScalar(ResourceVariable):
         )
         tf.raw_ops.AssignVariableOp(resource=self._handle, value=vector[self._index])
 
-    def copy(self) -> tf.Tensor:
+    def own_value(self) -> tf.Tensor:
         """What is in its own memory: the element at the last `update`."""
         return tf.raw_ops.ReadVariableOp(resource=self._handle, dtype=self.dtype)
 
-    def _pass_on(self) -> None:
+    def _pass_on(self, value: tf.Tensor) -> None:
         if self.vector is not None:
             tf.raw_ops.ResourceStridedSliceAssign(
                 ref=self.vector.handle,
                 begin=[self._index],
                 end=[self._index + 1],
                 strides=[1],
-                value=self.copy()[tf.newaxis],
+                value=tf.reshape(value, [1]),
             )
 
-    def assign(self, *args: Any, read_value: bool = True, **kwargs: Any) -> Any:
-        operation = super().assign(*args, read_value=False, **kwargs)
-        self._pass_on()
+    def assign(
+        self, value: Any, *args: Any, read_value: bool = True, **kwargs: Any
+    ) -> Any:
+        value = tf.convert_to_tensor(value, self.dtype)
+        operation = super().assign(value, *args, read_value=False, **kwargs)
+        self._pass_on(value)
         return self if read_value else operation
 
     def assign_add(self, *args: Any, read_value: bool = True, **kwargs: Any) -> Any:
         operation = super().assign_add(*args, read_value=False, **kwargs)
-        self._pass_on()
+        self._pass_on(self.own_value())
         return self if read_value else operation
 
     def assign_sub(self, *args: Any, read_value: bool = True, **kwargs: Any) -> Any:
         operation = super().assign_sub(*args, read_value=False, **kwargs)
-        self._pass_on()
+        self._pass_on(self.own_value())
         return self if read_value else operation
 
     def _restore_from_tensors(self, restored_tensors: Any) -> Any:
         operation = super()._restore_from_tensors(restored_tensors)
-        self._pass_on()
+        self._pass_on(self.own_value())
         return operation
 
 
-class _Unchanged(keras.constraints.Constraint):
-    """Has `AlphaVector.assign` called after every update.
+class _KeepFixed(keras.constraints.Constraint):
+    """Undoes what an update did to alphas that are not trainable.
 
-    Optimizers update the `tf.Variable` inside of a `keras.Variable`. Where there is a
-    constraint, they then assign to the outer one what it makes of the new value.
+    Momentum moves what has no gradient. Optimizers update the `tf.Variable` inside of
+    a `keras.Variable`; where there is a constraint, they then assign to the outer one
+    what it makes of the new value, so that `AlphaVector.assign` is called, too.
     """
 
+    def __init__(self, vector: AlphaVector) -> None:
+        self._vector = vector
+
     def __call__(self, w: Any) -> Any:
-        return w
+        fixed = self._vector.fixed()
+        if not fixed:
+            return w
+        elements = tf.unstack(w)
+        for i, value in fixed.items():
+            elements[i] = value
+        return tf.stack(elements)
 
 
 class AlphaVector(keras.Variable):
@@ -149,7 +164,7 @@ class AlphaVector(keras.Variable):
 
     Elements whose `lbe_alpha` is not trainable get no gradient, and no optimizer moves
     them. Those of scalars that did not move here count from the beginning to the end
-    of a step only.
+    of a step only. Checkpoints hold the scalars.
 
     Args:
         regularizers: whose alphas; each once.
@@ -184,8 +199,10 @@ class AlphaVector(keras.Variable):
         )
         self._scalars = [regularizer.lbe_alpha for regularizer in regularizers]
         self._index = {id(scalar): i for i, scalar in enumerate(self._scalars)}
-        self._elsewhere: list[int] | None = None  # those that did not move here
-        self.constraint = _Unchanged()
+        self._settled = False
+        self._here: list[int] = []  # those that have moved here
+        self._elsewhere = list(range(len(self._scalars)))  # and all others
+        self.constraint = _KeepFixed(self)
 
     def stands_for(self, regularizers: Sequence[LBERegularizer]) -> bool:
         """Whether it has the alphas of all these regularizers."""
@@ -194,6 +211,8 @@ class AlphaVector(keras.Variable):
     def in_place_of_scalars(self, variables: Sequence[Any]) -> list[Any]:
         """The variables with the vector, at the end, for the scalars among them."""
         others = [v for v in variables if id(v) not in self._index]
+        if not self._settled and tf.executing_eagerly():
+            super().assign(self._current())  # for who reads it before the first step
         return others if len(others) == len(variables) else [*others, self]
 
     def for_training(self, regularizers: Sequence[LBERegularizer]) -> tf.Tensor:
@@ -203,8 +222,9 @@ class AlphaVector(keras.Variable):
         """
         self._settle()
         trainable = [scalar.trainable for scalar in self._scalars]
-        for i in self._fixed_here():
-            self._scalars[i]._value.update()
+        for i in self._here:
+            if not trainable[i]:
+                self._scalars[i]._value.update()
         if self._elsewhere:
             super().assign(self._current())
         alphas = tf.convert_to_tensor(self.value)
@@ -213,28 +233,36 @@ class AlphaVector(keras.Variable):
         return self._select(alphas, regularizers)
 
     def for_evaluation(self, regularizers: Sequence[LBERegularizer]) -> tf.Tensor:
-        """The alphas of these regularizers, and nothing is assigned."""
+        """The alphas of these regularizers, in a graph that assigns nothing."""
         self._settle()
         return self._select(self._current(), regularizers)
 
+    def fixed(self) -> dict[int, tf.Tensor]:
+        """The alphas that are not trainable, as at the beginning of the step."""
+        values = {
+            i: self._scalars[i]._value.own_value()
+            for i in self._here
+            if not self._scalars[i].trainable
+        }
+        for i in self._elsewhere:
+            if not self._scalars[i].trainable:
+                values[i] = tf.convert_to_tensor(self._scalars[i].value)
+        return values
+
     def assign(self, value: Any) -> Any:
-        """Sets the scalars that are trainable, after the beginning of a step."""
+        """Sets the vector, and with it every scalar."""
         value = keras.ops.convert_to_tensor(value, dtype=self.dtype)
-        fixed = self._fixed_here()
-        if fixed:  # momentum moves even what has no gradient
-            elements = tf.unstack(value)
-            for i in fixed:
-                elements[i] = self._scalars[i]._value.copy()
-            value = tf.stack(elements)
         super().assign(value)
 
         def pass_on(strategy: tf.distribute.Strategy, elements: list[Any]) -> None:
-            for i in self._elsewhere or ():
-                scalar = self._scalars[i]
-                if scalar.trainable:
+            for i in self._elsewhere:
+                variable = self._scalars[i].value
+                if tf.distribute.has_strategy():
                     strategy.extended.update(
-                        scalar.value, _assign, args=(elements[i],), group=False
+                        variable, _assign, args=(elements[i],), group=False
                     )
+                else:
+                    variable.assign(elements[i])
 
         if self._elsewhere:
             _for_all_replicas(pass_on, tf.unstack(value))
@@ -242,7 +270,10 @@ class AlphaVector(keras.Variable):
 
     def _settle(self) -> None:
         """Lets the scalars that can move here; once, and not before a step needs it."""
-        if self._elsewhere is not None:
+        if self._settled:
+            return
+        self._settled = True
+        if isinstance(self._value, tf.distribute.DistributedValues):
             return
         inner = [scalar._value for scalar in self._scalars]
         here = [
@@ -250,40 +281,45 @@ class AlphaVector(keras.Variable):
             for i, scalar in enumerate(inner)
             if isinstance(scalar, AlphaScalar) and scalar.can_move
         ]
-        if here:
-            with tf.init_scope():
-                super().assign(tf.stack(inner))
-            for i in here:
-                inner[i].move(self._value, i)
-        self._elsewhere = [i for i in range(len(inner)) if i not in set(here)]
-
-    def _fixed_here(self) -> list[int]:
-        """Those that moved here and are not trainable at present."""
-        if self._elsewhere is None:
-            return []
-        return [
-            i
-            for i, scalar in enumerate(self._scalars)
-            if not scalar.trainable and i not in self._elsewhere
-        ]
+        if not here:
+            return
+        with tf.init_scope():
+            super().assign(tf.stack(inner))
+        for i in here:
+            inner[i].move(self._value, i)
+        self._here, self._elsewhere = here, sorted({*self._elsewhere} - {*here})
 
     def _current(self) -> tf.Tensor:
+        alphas = tf.convert_to_tensor(self.value)
         if not self._elsewhere:
-            return tf.convert_to_tensor(self.value)
-        elements = tf.unstack(tf.convert_to_tensor(self.value))
+            return alphas
+        elements = tf.unstack(alphas)
         for i in self._elsewhere:
             elements[i] = tf.convert_to_tensor(self._scalars[i].value)
         return tf.stack(elements)
 
+    def _serialize_to_tensors(self) -> dict[str, Any]:
+        return {}
+
+    def _restore_from_tensors(self, restored_tensors: Any) -> None:
+        pass
+
     def _select(
         self, alphas: tf.Tensor, regularizers: Sequence[LBERegularizer]
     ) -> tf.Tensor:
-        indices = [self._index[id(each.lbe_alpha)] for each in regularizers]
+        scalars = [each.lbe_alpha for each in regularizers]
+        indices = [self._index.get(id(scalar)) for scalar in scalars]
         if indices == list(range(len(self._scalars))):
             return alphas
         # tf.gather would make the gradient sparse, which optimizers treat otherwise.
         elements = tf.unstack(alphas)
-        return tf.stack([elements[i] for i in indices])
+        return tf.stack(
+            [
+                # As other weights of layers that the model does not track: fixed.
+                tf.convert_to_tensor(scalar.value) if i is None else elements[i]
+                for i, scalar in zip(indices, scalars, strict=True)
+            ]
+        )
 
 
 def _assign(variable: tf.Variable, value: tf.Tensor) -> None:

@@ -69,9 +69,8 @@ class LBEModel(keras.Model):
     optimizer takes from a variable as a whole, it takes from the vector: the norm of
     `clipnorm` (`global_clipnorm` and `clipvalue` make no difference), of `Lamb` and of
     `Adafactor`. A step without an alpha's layer gives it a gradient of zero, and
-    momentum still moves it.
-    `SwapEMAWeights` swaps the other weights only; at its end, `fit` sets alpha to its
-    average too.
+    momentum still moves it. What else a loss of your own makes of an `lbe_alpha` has
+    no gradient there.
 
     Logs beside `loss` and the compiled metrics: `ce` (the compiled loss alone), `lbe`
     (`mean_l(LBE_l) * CE`, without the strength) and `max_lbe` (`max_l(LBE_l) * CE`).
@@ -228,7 +227,8 @@ class LBEModel(keras.Model):
         history = super().fit(*args, **kwargs)
         if self._alpha_vector is not None and _averages(self.optimizer):
             # Keras has just overwritten the vector with its moving average.
-            self._alpha_vector.assign(self._alpha_vector)
+            vector = self._alpha_vector
+            vector.assign(vector.constraint(vector.value))
         return history
 
     @functools.wraps(keras.Model.get_state_tree)
@@ -343,8 +343,12 @@ class LBEModel(keras.Model):
         if training:
             self._warn_of_layers_not_called(regularizers)
         vector = self._alphas()
-        select = vector.for_training if training else vector.for_evaluation
-        alphas = select(regularizers)
+        if vector is None:  # layers that the model does not track
+            alphas = tf.stack([each.lbe_alpha.value for each in regularizers])
+        elif training:
+            alphas = vector.for_training(regularizers)
+        else:
+            alphas = vector.for_evaluation(regularizers)
         losses = lbe_losses(
             tf.stack([tf.cast(entry.entropy, dtype) for entry in entries]),
             tf.cast(alphas, dtype),

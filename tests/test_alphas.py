@@ -392,10 +392,10 @@ def test_a_training_step_does_not_touch_the_scalars():
     assert captured_scalars(model) == 0
 
 
-def stepping(model):
+def stepping(model, jit=False):
     """A step in a graph of its own, with nothing of Keras' around it."""
 
-    @tf.function(autograph=False)
+    @tf.function(autograph=False, jit_compile=jit)
     def step(x, y):
         with tf.GradientTape() as tape:
             loss = model.compute_loss(x, y, model(x, training=True))
@@ -511,13 +511,60 @@ def test_a_graph_that_reads_and_writes_a_scalar_around_a_step(before):
     assert captured_scalars(model) == int(before)
 
 
+def test_the_vector_is_read_and_written_before_the_first_step():
+    layers = chain()
+    model = functional(layers)
+    vector = model.trainable_variables[-1]
+    np.testing.assert_array_equal(vector.numpy(), np.float32(ALPHAS))
+    vector.assign([0.25, 0.5, 1.0])
+    np.testing.assert_array_equal(alphas(layers), [0.25, 0.5, 1.0])
+    scalars(layers)[1].assign(2.0)
+    vector = model.trainable_variables[-1]
+    np.testing.assert_array_equal(vector.numpy(), [0.25, 2.0, 1.0])
+
+
+def test_a_snapshot_of_the_trainable_variables_restores_frozen_alphas_too():
+    layers = chain()
+    model = functional(layers)
+    step = stepping(model)
+    step()
+    snapshot = [variable.numpy() for variable in model.trainable_variables]
+    step()
+    layers[0].activity_regularizer.trainable = False
+    for variable, value in zip(model.trainable_variables, snapshot, strict=True):
+        variable.assign(value)
+    np.testing.assert_array_equal(alphas(layers), snapshot[-1])
+
+
+def test_alphas_of_layers_that_the_model_does_not_track_stay_as_they_are():
+    untracked = Dense_LBE(4, LBE_alpha=2.0)
+
+    class Model(LBEModel):
+        def __init__(self):
+            super().__init__()
+            self.tracked = Dense_LBE(4, LBE_alpha=1.0)
+
+        def call(self, x):
+            return self.tracked(untracked(x))[:, :2]
+
+    model = Model()
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    model.evaluate(X, Y, verbose=0)
+    model.fit(X, Y, verbose=0)
+    assert untracked.activity_regularizer.lbe_alpha.numpy() == 2.0
+    assert model.tracked.activity_regularizer.lbe_alpha.numpy() != 1.0
+
+
+@pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("first", [LBEModel, keras.Model])
-def test_graphs_of_two_models_that_share_layers(first):
+def test_graphs_of_two_models_that_share_layers(first, jit):
     """The plain one has scalars in its graph, traced before or after they moved."""
     layers, expected = chain(), chain()
     lbe, plain = functional(layers), functional(layers, keras.Model)
     order = [lbe, plain] if first is LBEModel else [plain, lbe]
-    steps = [stepping(model) for model in order]
+    if jit and not native.compiles():
+        require_xla()
+    steps = [stepping(model, jit) for model in order]
     optimizers = [keras.optimizers.Adam(0.05) for _ in order]
     for _ in range(3):
         for model, step, optimizer in zip(order, steps, optimizers, strict=True):
@@ -610,6 +657,17 @@ def test_a_state_tree_is_restored():
     assert_same(model.get_weights(), expected, rtol=0)
 
 
+def test_a_checkpoint_from_before_the_first_step_restores_alphas(tmp_path):
+    layers = chain()
+    model = functional(layers)
+    step = stepping(model)  # with an optimizer, which knows the vector already
+    path = tf.train.Checkpoint(model).write(str(tmp_path / "checkpoint"))
+    step()
+    assert moved(layers).all()
+    tf.train.Checkpoint(model).read(path).assert_existing_objects_matched()
+    np.testing.assert_array_equal(alphas(layers), np.float32(ALPHAS))
+
+
 def test_files_hold_nothing_of_the_vector(tmp_path):
     model = trained()
     path = str(tmp_path / "model.weights.h5")
@@ -678,6 +736,8 @@ np.savez("weights.npz", *weights(layers))
 def optimizer_of(kind):
     if kind == "loop":  # Keras cannot make variables of optimizers in replicas
         return keras.optimizers.SGD(0.1)
+    if kind == "average":
+        return OPTIMIZERS[kind]()
     return keras.optimizers.Adam(0.05)
 
 
@@ -688,6 +748,7 @@ def optimizer_of(kind):
         (2, "functional", "float32"),
         (2, "late", "float32"),
         (2, "loop", "float32"),
+        (2, "average", "float32"),
         (2, "functional", "mixed_float16"),
     ],
 )

@@ -369,7 +369,8 @@ struct Loops {
     }
   }
 
-  // Where the activations come from: memory,
+  // Where the activations come from. `from` is what At's columns read, `y` has
+  // the activations of a short line once BeginNarrow was called. From memory,
   struct Activations {
     const Element* from;
     const Element* y;

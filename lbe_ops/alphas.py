@@ -150,13 +150,7 @@ class _KeepFixed(keras.constraints.Constraint):
         self._vector = vector
 
     def __call__(self, w: Any) -> Any:
-        fixed = self._vector.fixed()
-        if not fixed:
-            return w
-        elements = tf.unstack(w)
-        for i, value in fixed.items():
-            elements[i] = value
-        return tf.stack(elements)
+        return _with_elements(w, self._vector.fixed())
 
 
 class AlphaVector(keras.Variable):
@@ -211,9 +205,11 @@ class AlphaVector(keras.Variable):
     def in_place_of_scalars(self, variables: Sequence[Any]) -> list[Any]:
         """The variables with the vector, at the end, for the scalars among them."""
         others = [v for v in variables if id(v) not in self._index]
+        if len(others) == len(variables):
+            return others
         if not self._settled and tf.executing_eagerly():
             super().assign(self._current())  # for who reads it before the first step
-        return others if len(others) == len(variables) else [*others, self]
+        return [*others, self]
 
     def for_training(self, regularizers: Sequence[LBERegularizer]) -> tf.Tensor:
         """The alphas of these regularizers, differentiable by the vector.
@@ -290,13 +286,10 @@ class AlphaVector(keras.Variable):
         self._here, self._elsewhere = here, sorted({*self._elsewhere} - {*here})
 
     def _current(self) -> tf.Tensor:
-        alphas = tf.convert_to_tensor(self.value)
-        if not self._elsewhere:
-            return alphas
-        elements = tf.unstack(alphas)
-        for i in self._elsewhere:
-            elements[i] = tf.convert_to_tensor(self._scalars[i].value)
-        return tf.stack(elements)
+        copies = {
+            i: tf.convert_to_tensor(self._scalars[i].value) for i in self._elsewhere
+        }
+        return _with_elements(tf.convert_to_tensor(self.value), copies)
 
     def _serialize_to_tensors(self) -> dict[str, Any]:
         return {}
@@ -320,6 +313,16 @@ class AlphaVector(keras.Variable):
                 for i, scalar in zip(indices, scalars, strict=True)
             ]
         )
+
+
+def _with_elements(vector: Any, values: dict[int, tf.Tensor]) -> Any:
+    """The vector with other values of some elements."""
+    if not values:
+        return vector
+    elements = tf.unstack(vector)
+    for i, value in values.items():
+        elements[i] = value
+    return tf.stack(elements)
 
 
 def _assign(variable: tf.Variable, value: tf.Tensor) -> None:

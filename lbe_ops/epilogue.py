@@ -17,7 +17,7 @@ import tensorflow as tf
 from keras.src.backend import get_keras_mask, set_keras_mask
 
 from lbe_ops import ops
-from lbe_ops.regularizer import LBERegularizer
+from lbe_ops.regularizer import LBERegularizer, calling_layer, current_record
 
 # Activations that the op serves: its name for them, and their parameter.
 ACTIVATIONS = {
@@ -30,6 +30,26 @@ ACTIVATIONS = {
     keras.activations.sigmoid: ("sigmoid", 1.0),
     keras.activations.softplus: ("softplus", 1.0),
 }
+
+
+class EndsWithEpilogue:
+    """Before a layer class: what the epilogue reports, Keras does not ask for again.
+
+    It would divide a loss that is always zero by the batch size: four operations for
+    every layer, where LBE itself takes none.
+    """
+
+    @property
+    def activity_regularizer(self) -> Any:
+        """That of the layer; None while Keras ends a call that has reported."""
+        record = current_record()
+        if record is not None and record.reported is self is calling_layer():
+            return None
+        return vars(self).get("activity_regularizer")
+
+    @activity_regularizer.setter
+    def activity_regularizer(self, value: Any) -> None:
+        vars(self)["activity_regularizer"] = value
 
 
 def install(model: keras.Model) -> None:
@@ -46,6 +66,9 @@ def install(model: keras.Model) -> None:
 def _call(layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
     """In place of the layer's own `call`."""
     call = types.MethodType(type(layer).call, layer)
+    record = current_record()
+    if record is not None:
+        record.reported = None
     regularizer = layer.activity_regularizer
     if not (
         isinstance(regularizer, LBERegularizer) and regularizer.in_epilogue_of(layer)
@@ -66,6 +89,8 @@ def _call(layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
     if layer.activation is keras.activations.sigmoid:
         # Losses take these for more precision; pruned where none does.
         y._keras_logits = products if layer.bias is None else products + layer.bias
+    if isinstance(layer, EndsWithEpilogue):
+        regularizer.report(y, layer)
     return y
 
 

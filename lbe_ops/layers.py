@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import keras
 from keras.src.models.functional import Functional
 
+from lbe_ops.epilogue import EndsWithEpilogue
 from lbe_ops.model import LBEModel
 from lbe_ops.regularizer import LBERegularizer, check_finite
 
@@ -44,7 +45,7 @@ def _regularizer(other: Any, **arguments: Any) -> LBERegularizer:
     return LBERegularizer(other_activity_regularizer=other, **arguments)
 
 
-class _LBE:
+class _LBE(EndsWithEpilogue):
     """Before a layer class: the arguments that `Dense_LBE` and `Conv2D_LBE` add."""
 
     def __init__(

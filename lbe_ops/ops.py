@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
+from tensorflow.python.eager import record
 
 from lbe_ops import native as native_library
 from lbe_ops import reference
@@ -90,7 +92,7 @@ def batch_entropy(
     ops = native_library.select(native)
     if ops is None:
         return reference.batch_entropy(x, **formula)
-    return _call(ops, x, formula).entropy
+    return _entropy(ops, x, formula).entropy
 
 
 @tf.autograph.experimental.do_not_convert  # there is nothing to convert
@@ -115,7 +117,7 @@ def batch_entropy_or_zero(
     ops = native_library.select(native)
     if ops is None:
         return reference.batch_entropy_or_zero(x, **formula)
-    outputs = _call(ops, x, formula, small_batch="zero")
+    outputs = _entropy(ops, x, formula, small_batch="zero")
     return outputs.entropy, outputs.valid
 
 
@@ -230,12 +232,21 @@ def epilogue(
     if ops is None:
         y = reference.activate(z, bias, activation, float(alpha))
         return EpilogueOutputs(y, *batch_entropy_or_zero(y, **formula, native=native))
-    outputs = ops.lbe_epilogue(
-        z,
-        [] if bias is None else [bias],
-        activation=activation,
-        alpha=repr(float(alpha)),
-        **_attributes(z, formula),
+    biases = [] if bias is None else [bias]
+    attributes = {
+        "activation": activation,
+        "alpha": repr(float(alpha)),
+        **_attributes(formula),
+    }
+    result_type = reference.result_dtype(z.dtype)
+    with record.stop_recording():
+        outputs = ops.lbe_epilogue(z, biases, result_type=result_type, **attributes)
+    _record(
+        [z, *biases],
+        [outputs.y, outputs.entropy],
+        lambda *grads: _epilogue_gradient(
+            outputs, *grads, biases=len(biases), **attributes
+        ),
     )
     return EpilogueOutputs(outputs.y, outputs.entropy, outputs.valid)
 
@@ -278,18 +289,76 @@ def _check(
     return x, check_formula(ddof, scale, offset)
 
 
-def _call(ops: Any, x: tf.Tensor, formula: dict[str, Any], **attributes: Any) -> Any:
-    return ops.lbe_batch_entropy(x, **_attributes(x, formula), **attributes)
-
-
-def _attributes(x: tf.Tensor, formula: dict[str, Any]) -> dict[str, Any]:
+def _attributes(formula: dict[str, Any]) -> dict[str, Any]:
     # Float attributes of an op have 32 bits; their text carries all 64.
     return {
-        "result_type": reference.result_dtype(x.dtype),
         "ddof": formula["ddof"],
         "scale": repr(formula["scale"]),
         "offset": repr(formula["offset"]),
     }
+
+
+def _call(ops: Any, x: tf.Tensor, formula: dict[str, Any], **attributes: Any) -> Any:
+    return ops.lbe_batch_entropy(
+        x,
+        result_type=reference.result_dtype(x.dtype),
+        **_attributes(formula),
+        **attributes,
+    )
+
+
+def _entropy(ops: Any, x: tf.Tensor, formula: dict[str, Any], **attributes: Any) -> Any:
+    """The op, where nobody sees mean and variance."""
+    with record.stop_recording():
+        outputs = _call(ops, x, formula, **attributes)
+    _record(
+        [x],
+        [outputs.entropy],
+        lambda entropy_grad: [
+            _batch_entropy_gradient(
+                x, outputs, entropy_grad, [], **_attributes(formula)
+            )
+        ],
+    )
+    return outputs
+
+
+def _record(
+    inputs: list[tf.Tensor],
+    outputs: list[tf.Tensor],
+    gradient: Callable[..., list[tf.Tensor]],
+) -> None:
+    """Tells gradient tapes of an op, and only of those outputs that have a gradient.
+
+    An op that they see themselves gets a gradient of zeros for every other output, in
+    every step: for hundreds of layers, more operations than the rest of LBE. In graphs
+    of TensorFlow 1 and in functions that are differentiated as a whole, the registered
+    gradients below serve.
+    """
+    record.record_operation("LBE", outputs, inputs, gradient)
+
+
+def _batch_entropy_gradient(
+    x: tf.Tensor,
+    outputs: Any,
+    entropy_grad: tf.Tensor,
+    statistics_grads: Sequence[tf.Tensor],
+    **attributes: Any,
+) -> tf.Tensor:
+    _, mean, variance, _ = outputs
+    return native_library.load().ops.lbe_batch_entropy_grad(
+        x, mean, variance, entropy_grad, statistics_grads, **attributes
+    )
+
+
+def _epilogue_gradient(
+    outputs: Any, dy: tf.Tensor, entropy_grad: tf.Tensor, **attributes: Any
+) -> list[tf.Tensor]:
+    y, _, mean, variance, _ = outputs
+    dz, dbias = native_library.load().ops.lbe_epilogue_grad(
+        dy, y, mean, variance, entropy_grad, **attributes
+    )
+    return [dz, *dbias]
 
 
 @tf.RegisterGradient("LBE>BatchEntropy")
@@ -303,10 +372,9 @@ def _batch_entropy_grad(
     # Without statistics_grad mean and variance serve this gradient alone; nobody
     # else sees them.
     flows = op.get_attr("statistics_grad")
-    return native_library.load().ops.lbe_batch_entropy_grad(
+    return _batch_entropy_gradient(
         op.inputs[0],
-        op.outputs[1],
-        op.outputs[2],
+        op.outputs,
         entropy_grad,
         [mean_grad, variance_grad] if flows else [],
         **{name: op.get_attr(name) for name in ("ddof", "scale", "offset")},
@@ -346,16 +414,8 @@ _EPILOGUE_ATTRIBUTES = ("activation", "alpha", "ddof", "scale", "offset", "biase
 def _epilogue_grad(
     op: tf.Operation, dy: tf.Tensor, entropy_grad: tf.Tensor, *_: tf.Tensor
 ) -> list[tf.Tensor]:
-    y, _, mean, variance, _ = op.outputs
-    dz, dbias = native_library.load().ops.lbe_epilogue_grad(
-        dy,
-        y,
-        mean,
-        variance,
-        entropy_grad,
-        **{name: op.get_attr(name) for name in _EPILOGUE_ATTRIBUTES},
-    )
-    return [dz, *dbias]
+    attributes = {name: op.get_attr(name) for name in _EPILOGUE_ATTRIBUTES}
+    return _epilogue_gradient(op.outputs, dy, entropy_grad, **attributes)
 
 
 @tf.RegisterGradient("LBE>EpilogueGrad")

@@ -56,6 +56,7 @@ class Record:
 
     def __init__(self, model: keras.Model, always: bool) -> None:
         self.always = always
+        self.reported: keras.layers.Layer | None = None  # the last, by its epilogue
         self._model = weakref.ref(model)
         self.entries: list[Entry] = []
         self._graph = _current_graph()
@@ -96,6 +97,11 @@ class Record:
 _record: contextvars.ContextVar[Record | None] = contextvars.ContextVar(
     "lbe_ops_record", default=None
 )
+
+
+def current_record() -> Record | None:
+    """That of the forward pass that this thread is in."""
+    return _record.get()
 
 
 @contextlib.contextmanager
@@ -272,9 +278,7 @@ class LBERegularizer(keras.layers.Layer):
         else:
             entropy, valid = ops.batch_entropy_or_zero(x, **self.formula, native=native)
         if record is not None:
-            if (x.shape[0] or 0) >= 2 and x.shape[1:].num_elements():
-                valid = None
-            record.add(Entry(self, entropy, valid), _name(layer))
+            self._report(record, layer, x, entropy, valid)
             return self._other(x, layer, record)
         loss = valid * lbe_losses(
             entropy,
@@ -324,6 +328,25 @@ class LBERegularizer(keras.layers.Layer):
         y._lbe_entropy = (self, *entropy)
         return y
 
+    def report(self, y: tf.Tensor, layer: keras.layers.Layer) -> None:
+        """Reports what `epilogue` has found, so that Keras need not call this."""
+        if self.other_activity_regularizer is None:
+            record = _record.get()
+            self._report(record, layer, y, *y._lbe_entropy[1:])
+            record.reported = layer
+
+    def _report(
+        self,
+        record: Record,
+        layer: keras.layers.Layer | None,
+        x: tf.Tensor,
+        entropy: tf.Tensor,
+        valid: tf.Tensor | None,
+    ) -> None:
+        if (x.shape[0] or 0) >= 2 and x.shape[1:].num_elements():
+            valid = None
+        record.add(Entry(self, entropy, valid), _name(layer))
+
     def _other(
         self, x: Any, layer: keras.layers.Layer | None, record: Record
     ) -> tf.Tensor:
@@ -336,8 +359,7 @@ class LBERegularizer(keras.layers.Layer):
 
         None where the regularizer is called by other code than that of `Layer`.
         """
-        scopes = global_state.get_global_attribute("name_scope_stack")
-        layer = scopes[-1].caller if scopes else None
+        layer = calling_layer()
         of_layer = getattr(layer, "activity_regularizer", None) is self
         return layer if of_layer else None
 
@@ -399,6 +421,12 @@ def _current_graph() -> tf.Graph | None:
 
 def _name(layer: keras.layers.Layer | None) -> str:
     return "(unknown)" if layer is None else f"'{layer.path or layer.name}'"
+
+
+def calling_layer() -> Any:
+    """Whose name scope is open: the layer or model in whose call this runs, or None."""
+    scopes = global_state.get_global_attribute("name_scope_stack")
+    return scopes[-1].caller if scopes else None
 
 
 def in_layer_call() -> bool:

@@ -208,12 +208,12 @@ def test_one_variable_for_the_optimizer_and_the_scalars_for_everyone_else():
     ]
 
 
-def test_the_training_graph_grows_by_few_nodes_per_lbe_layer():
+def test_the_training_graph_does_not_grow_with_lbe_layers():
     def operations(count, model, layer):
         inputs = keras.Input((5,))
         x = inputs
         for _ in range(count):
-            x = layer(5)(x)
+            x = layer(5, activation="relu")(x)
         net = model(inputs, x)
         net.compile("adam", "mse")
         step = tf.function(lambda x, y: net.train_step((x, y)), autograph=False)
@@ -225,12 +225,17 @@ def test_the_training_graph_grows_by_few_nodes_per_lbe_layer():
         difference.subtract(operations(2, *arguments))
         return {name: number / 4 for name, number in difference.items()}
 
-    with_lbe = per_layer(LBEModel, Dense_LBE)
+    def dense_with_lbe(*args, **kwargs):
+        return with_lbe(keras.layers.Dense(*args, **kwargs))
+
     without = per_layer(keras.Model, keras.layers.Dense)
-    for name in ("Sqrt", "AssignSubVariableOp", "AssignAddVariableOp", "Mul"):
-        assert with_lbe[name] == without[name], name
-    if native.load().ops is not None:
-        assert sum(with_lbe.values()) - sum(without.values()) <= 16
+    # Keras divides the loss that such a layer reports by the size of the batch.
+    for layer, more in ((Dense_LBE, 0), (dense_with_lbe, 4)):
+        lbe = per_layer(LBEModel, layer)
+        for name in ("Sqrt", "AssignSubVariableOp", "AssignAddVariableOp", "Mul"):
+            assert lbe[name] == without[name], name
+        if native.load().ops is not None:
+            assert sum(lbe.values()) <= sum(without.values()) + more
 
 
 def test_assigned_values_are_used_in_the_next_step():

@@ -396,6 +396,47 @@ def test_a_second_regularizer_makes_an_entropy_of_its_own():
     )
 
 
+def test_a_layer_called_twice_in_a_row_reports_twice():
+    require_native()
+    layer = Dense_LBE(5, activation="relu", **UPPER)
+    inputs = keras.Input((5,))
+    model = LBEModel(inputs, layer(layer(inputs)))
+    data = tf.constant(np.random.default_rng(0).normal(size=(16, 5)), tf.float32)
+    y = model(data, training=True)
+    entropies = [float(entry.entropy) for entry in y._lbe_record.entries]
+    once = layer(data)
+    for entropy, outputs in zip(entropies, (once, layer(once)), strict=True):
+        exact = tf.cast(outputs, tf.float64).numpy()
+        assert entropy == pytest.approx(oracle.batch_entropy(exact))
+
+
+def test_activity_regularizers_stay_those_of_their_layers():
+    """Keras does not see them while it ends a call, and everybody else does."""
+    require_native()
+    first, last = (Dense_LBE(5, activation="relu", **UPPER) for _ in range(2))
+    seen = []
+
+    class Between(keras.layers.Layer):
+        def call(self, inputs):
+            seen.append([layer.activity_regularizer for layer in (first, last)])
+            return inputs
+
+    inputs = keras.Input((5,))
+    model = LBEModel(inputs, last(Between()(first(inputs))))
+    regularizers = model.lbe_regularizers
+    assert len(regularizers) == 2
+    y = model(tf.ones((4, 5)), training=True)
+    assert [entry.regularizer for entry in y._lbe_record.entries] == regularizers
+    assert not model.losses
+    assert seen[-1] == regularizers
+    for layer, regularizer in zip((first, last), regularizers, strict=True):
+        assert layer.activity_regularizer is regularizer
+        assert layer.get_config()["activity_regularizer"] is not None
+    last.activity_regularizer = None
+    y = model(tf.ones((4, 5)), training=True)
+    assert [entry.regularizer for entry in y._lbe_record.entries] == regularizers[:1]
+
+
 def test_lora():
     """The kernel that LoRA adds to is the one that is multiplied with."""
     require_native()

@@ -110,9 +110,10 @@ def measure(
         {"net": dataclasses.asdict(net), "loop": loop, "variant": variant}
         for variant in variants
     ]
+    order = np.random.default_rng(0)
     try:
         for _ in range(starts):
-            for row in rows:
+            for row in order.permutation(rows):
                 variant = row["variant"]
                 if "skipped" in row:
                     continue
@@ -126,7 +127,6 @@ def measure(
                     row["skipped"] = str(error)
                     continue
                 first[variant].append(workers[variant].first_step_seconds)
-        order = np.random.default_rng(0)
         seconds = {variant: np.empty(rounds) for variant in workers}
         for worker in workers.values():
             worker.turn()  # to find out how long a step takes

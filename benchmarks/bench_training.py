@@ -110,23 +110,32 @@ def measure(
         {"net": dataclasses.asdict(net), "loop": loop, "variant": variant}
         for variant in variants
     ]
+
+    def start(row: dict[str, object]) -> Worker | None:
+        if "skipped" in row:
+            return None
+        try:
+            return Worker(net, loop, row["variant"], threads)
+        except WorkerError as error:
+            if row is rows[0]:
+                raise
+            row["skipped"] = str(error)
+            return None
+
     order = np.random.default_rng(0)
+    # With nothing else around: whoever comes last would find the machine in another
+    # state than whoever comes first.
+    for _ in range(starts):
+        for index in order.permutation(len(rows)):
+            worker = start(rows[index])
+            if worker is not None:
+                first[rows[index]["variant"]].append(worker.first_step_seconds)
+                worker.stop()
     try:
-        for _ in range(starts):
-            for row in order.permutation(rows):
-                variant = row["variant"]
-                if "skipped" in row:
-                    continue
-                if variant in workers:
-                    workers.pop(variant).stop()
-                try:
-                    workers[variant] = Worker(net, loop, variant, threads)
-                except WorkerError as error:
-                    if variant == variants[0]:
-                        raise
-                    row["skipped"] = str(error)
-                    continue
-                first[variant].append(workers[variant].first_step_seconds)
+        for row in rows:
+            worker = start(row)
+            if worker is not None:
+                workers[row["variant"]] = worker
         seconds = {variant: np.empty(rounds) for variant in workers}
         for worker in workers.values():
             worker.turn()  # to find out how long a step takes
@@ -172,7 +181,8 @@ def parse_arguments() -> argparse.Namespace:
         "--starts",
         type=int,
         default=1,
-        help="processes of each variant, for the time to the first step (default: 1)",
+        help="processes of each variant, one at a time, for the time to the first "
+        "step; another one takes turns (default: 1)",
     )
     parser.add_argument("--threads", type=int, default=cores, help=f"default: {cores}")
     parser.add_argument(

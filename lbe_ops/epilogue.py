@@ -51,6 +51,10 @@ class EndsWithEpilogue:
     def activity_regularizer(self, value: Any) -> None:
         vars(self)["activity_regularizer"] = value
 
+    @activity_regularizer.deleter
+    def activity_regularizer(self) -> None:
+        del vars(self)["activity_regularizer"]
+
 
 def install(model: keras.Model) -> None:
     """Lets every layer of a model that has LBE end with an epilogue, in its steps.

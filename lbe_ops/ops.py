@@ -7,13 +7,14 @@ TensorFlow (`lbe_ops.reference`) with the same results where it cannot.
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
-from tensorflow.python.eager import record
+from tensorflow.python.eager import forwardprop_util, record
 
 from lbe_ops import native as native_library
 from lbe_ops import reference
@@ -238,15 +239,13 @@ def epilogue(
         "alpha": repr(float(alpha)),
         **_attributes(formula),
     }
-    result_type = reference.result_dtype(z.dtype)
-    with record.stop_recording():
-        outputs = ops.lbe_epilogue(z, biases, result_type=result_type, **attributes)
-    _record(
-        [z, *biases],
-        [outputs.y, outputs.entropy],
-        lambda *grads: _epilogue_gradient(
-            outputs, *grads, biases=len(biases), **attributes
+    outputs = _recorded(
+        lambda: ops.lbe_epilogue(
+            z, biases, result_type=reference.result_dtype(z.dtype), **attributes
         ),
+        [z, *biases],
+        ("y", "entropy"),
+        functools.partial(_epilogue_gradient, biases=len(biases), **attributes),
     )
     return EpilogueOutputs(outputs.y, outputs.entropy, outputs.valid)
 
@@ -309,33 +308,43 @@ def _call(ops: Any, x: tf.Tensor, formula: dict[str, Any], **attributes: Any) ->
 
 def _entropy(ops: Any, x: tf.Tensor, formula: dict[str, Any], **attributes: Any) -> Any:
     """The op, where nobody sees mean and variance."""
-    with record.stop_recording():
-        outputs = _call(ops, x, formula, **attributes)
-    _record(
-        [x],
-        [outputs.entropy],
-        lambda entropy_grad: [
+
+    def gradient(outputs: Any, entropy_grad: tf.Tensor) -> list[tf.Tensor]:
+        return [
             _batch_entropy_gradient(
                 x, outputs, entropy_grad, [], **_attributes(formula)
             )
-        ],
+        ]
+
+    return _recorded(
+        lambda: _call(ops, x, formula, **attributes), [x], ("entropy",), gradient
+    )
+
+
+def _recorded(
+    call: Callable[[], Any],
+    inputs: list[tf.Tensor],
+    differentiable: tuple[str, ...],
+    gradient: Callable[..., list[tf.Tensor]],
+) -> Any:
+    """The outputs of an op; gradient tapes know those that have a gradient only.
+
+    For every other output of an op that they see themselves, TensorFlow makes a
+    gradient of zeros in every step: for hundreds of layers, more operations than the
+    rest of LBE. In functions that are differentiated as a whole, and in forward mode,
+    TensorFlow takes the op and the registered gradients below.
+    """
+    if forwardprop_util.pack_tangents(inputs).tangents:
+        return call()
+    with record.stop_recording():
+        outputs = call()
+    record.record_operation(
+        "LBE",
+        [getattr(outputs, name) for name in differentiable],
+        inputs,
+        functools.partial(gradient, outputs),
     )
     return outputs
-
-
-def _record(
-    inputs: list[tf.Tensor],
-    outputs: list[tf.Tensor],
-    gradient: Callable[..., list[tf.Tensor]],
-) -> None:
-    """Tells gradient tapes of an op, and only of those outputs that have a gradient.
-
-    An op that they see themselves gets a gradient of zeros for every other output, in
-    every step: for hundreds of layers, more operations than the rest of LBE. In graphs
-    of TensorFlow 1 and in functions that are differentiated as a whole, the registered
-    gradients below serve.
-    """
-    record.record_operation("LBE", outputs, inputs, gradient)
 
 
 def _batch_entropy_gradient(

@@ -163,6 +163,7 @@ struct Machine {
   void* scheduler_tsan = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
+  int launches = 0;  // so far
 };
 
 inline Machine& TheMachine() {
@@ -292,6 +293,7 @@ inline void Launch(unsigned blocks, unsigned threads,
   Unseen unseen;
   Machine& machine = TheMachine();
   machine.body = &body;
+  ++machine.launches;
   // Subnormal floats are zero, as with nvcc -ftz=true; fibers inherit this.
   const unsigned saved = _mm_getcsr();
   _mm_setcsr(saved | _MM_FLUSH_ZERO_ON | 0x0040);

@@ -314,11 +314,15 @@ void TestEpilogue(DType dtype, const Case& c, Activation activation,
     Buffer<double> workspace(bytes_of(
         BatchEntropyForwardCudaWorkspace(dtype, c.rows, c.units, c.blocks)));
     Buffer<Scalar> valid(1);
+    const int& launches = emulation::TheMachine().launches;
+    int before = launches;
     int error = EpilogueForwardCuda(nullptr, dtype, z, epilogue, c.rows,
                                     c.units, formula, workspace.get(), to->y,
                                     to->mean.get(), to->variance.get(),
                                     to->entropy.get(), valid.get(), c.blocks);
     expect(error == 0 && valid[0] == 1, "success", 0);
+    expect(launches - before <= 2, "kernels launched", launches - before);
+    before = launches;
     Buffer<double> sums(
         bytes_of(EpilogueGradCudaWorkspace(dtype, epilogue, c.rows, c.units)));
     error = EpilogueGradCuda(nullptr, dtype, dy, to->y, epilogue, c.rows,
@@ -326,6 +330,8 @@ void TestEpilogue(DType dtype, const Case& c, Activation activation,
                              to->variance.get(), &entropy_grad, sums.get(),
                              to->dz, to->dbias.get(), c.blocks);
     expect(error == 0, "success of the gradient", 0);
+    expect(launches - before <= (channels == 0 ? 1 : 2),
+           "kernels launched by the gradient", launches - before);
     for (int64_t i = 0; i < elements; ++i) {
       expect(SameBits(to->y[i], cpu.y[i]), "y", i);
       expect(SameBits(to->dz[i], cpu.dz[i]), "dz", i);

@@ -19,7 +19,7 @@ SOURCES := $(shell find lbe_ops cc cuda -type f -not -name '*.py[co]' \
            CMakeLists.txt setup.py MANIFEST.in README.md LICENSE
 CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.cu tests/*.h tests/*.cc)
 
-.PHONY: help demo test build bench bench-training test-gpu bench-gpu lint format sanitize clean
+.PHONY: help demo test test-keras build bench bench-training test-gpu bench-gpu lint format sanitize clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -33,6 +33,18 @@ demo: $(PACKAGE) ## train 200 layers with and without LBE, plots and a short ben
 # In tests/, where `import lbe_ops` cannot mean the source folder.
 test: $(PACKAGE) ## all tests, on the installed wheel
 	cd tests && LBE_REQUIRE_NATIVE=1 LBE_TEST_INSTALLED=1 ../$(BIN)/pytest $(PYTEST_ARGS)
+
+# What depends on Keras, with the oldest one that pyproject.toml allows.
+OLDEST_KERAS = $(shell sed -n 's/.*"keras>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+KERAS_TESTS := $(addprefix test_,$(addsuffix .py, \
+  callbacks keras_internals layers loss migration model regularizer))
+
+test-keras: $(PACKAGE) ## tests of the Keras half, on the oldest Keras that is allowed
+	$(BIN)/python -m pip install --upgrade --no-deps \
+	  --target build/keras-$(OLDEST_KERAS) "keras==$(OLDEST_KERAS).*"
+	cd tests && LBE_REQUIRE_NATIVE=1 LBE_TEST_INSTALLED=1 \
+	  PYTHONPATH=$(abspath build/keras-$(OLDEST_KERAS)) \
+	  ../$(BIN)/pytest $(KERAS_TESTS) $(PYTEST_ARGS)
 
 build: $(PACKAGE) ## build the wheel into dist/ and install it into .venv
 

@@ -11,15 +11,26 @@ if importlib.util.find_spec("tensorflow") is None:
         "a machine with an NVIDIA GPU."
     )
 
+import keras
+
+if keras.config.backend() != "tensorflow":
+    raise ImportError(
+        "lbe_ops needs Keras on its TensorFlow backend. Set KERAS_BACKEND=tensorflow "
+        "in the environment (or the backend in keras.json) before Keras is imported. "
+        f"Received: backend={keras.config.backend()!r}"
+    )
+
 from lbe_ops.callbacks import BatchEntropyLogger
-from lbe_ops.layers import Conv2D_LBE, Dense_LBE, add_lbe, with_lbe
+from lbe_ops.layers import LBE, Conv2D_LBE, Dense_LBE, add_lbe, with_lbe
 from lbe_ops.model import LBE_Model, LBEModel
-from lbe_ops.native import NativeUnavailableError, use_native
+from lbe_ops.native import NativeUnavailableError, load, use_native
 from lbe_ops.ops import UnitStatistics, batch_entropy, unit_statistics
+from lbe_ops.recorder import recording
 from lbe_ops.regularizer import LBERegularizer
 
 __all__ = [
     "BatchEntropyLogger",
+    "LBE",
     "Conv2D_LBE",
     "Dense_LBE",
     "LBEModel",
@@ -29,10 +40,14 @@ __all__ = [
     "UnitStatistics",
     "add_lbe",
     "batch_entropy",
+    "recording",
     "unit_statistics",
     "use_native",
     "with_lbe",
 ]
+
+# A SavedModel that holds the ops needs no more than the import of this package.
+load()
 
 try:
     __version__ = importlib.metadata.version("lbe_ops")

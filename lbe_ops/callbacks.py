@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from lbe_ops import ops
 from lbe_ops.layers import Selection, select_layers
-from lbe_ops.regularizer import LBERegularizer
+from lbe_ops.loss import find_regularizers
 
 Path = str | os.PathLike
 
@@ -92,7 +92,7 @@ class BatchEntropyLogger(keras.callbacks.Callback):
 
     def set_model(self, model: keras.Model) -> None:
         """Called by Keras; another model gets a probe of its own."""
-        if model is not self._model:
+        if model is not self.model:
             self._probe = None
         super().set_model(model)
 
@@ -129,16 +129,20 @@ class BatchEntropyLogger(keras.callbacks.Callback):
             return observe
 
         observed = self._observed()
-        regularizers = [layer.activity_regularizer for layer in observed]
+        places = [_place_of_regularizer(layer) for layer in observed]
+        regularizers = [
+            vars(layer)[place] for layer, place in zip(observed, places, strict=True)
+        ]
         try:
             # Past __setattr__: the layers' own regularizers stay tracked.
-            for layer in observed:
-                vars(layer)["activity_regularizer"] = observer(layer)
+            for layer, place in zip(observed, places, strict=True):
+                vars(layer)[place] = observer(layer)
             self.model(data, training=False)
         finally:
-            for layer, regularizer in zip(observed, regularizers, strict=True):
-                vars(layer)["activity_regularizer"] = regularizer
-            self.model._clear_losses()
+            for layer, place, regularizer in zip(
+                observed, places, regularizers, strict=True
+            ):
+                vars(layer)[place] = regularizer
         if not entropies:
             raise ValueError(
                 "The model calls none of the layers to observe. Received: layers="
@@ -150,12 +154,8 @@ class BatchEntropyLogger(keras.callbacks.Callback):
     def _observed(self) -> list[keras.layers.Layer]:
         if self._layers is not None:
             return select_layers(self.model, self._layers)
-        layers = self.model._flatten_layers(include_self=False)
-        with_lbe = [
-            layer
-            for layer in layers
-            if isinstance(layer.activity_regularizer, LBERegularizer)
-        ]
+        lbe = find_regularizers(self.model)
+        with_lbe = [layer for layers in lbe.values() for layer in layers]
         return with_lbe or select_layers(
             self.model, lambda layer: getattr(layer, "kernel", None) is not None
         )
@@ -260,3 +260,9 @@ class BatchEntropyLogger(keras.callbacks.Callback):
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _place_of_regularizer(layer: keras.layers.Layer) -> str:
+    """The attribute that holds a layer's activity regularizer."""
+    here = "activity_regularizer" in vars(layer)
+    return "activity_regularizer" if here else "lbe_regularizer"  # of layers.py

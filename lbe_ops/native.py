@@ -28,6 +28,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from lbe_ops.keras_internals import compiled_by_xla
+
 ENVIRONMENT_VARIABLE = "LBE_OPS_NATIVE"
 LIBRARY_PATH = pathlib.Path(__file__).with_name("libtf_ops.so")
 # How XLA compiles the ops; a library of its own, beside that of the ops.
@@ -160,11 +162,7 @@ def _gpu_problem() -> str:
 
 def _unusable_here(loaded: Native) -> str:
     """Why a loaded library cannot serve the function being traced, or ''."""
-    from tensorflow.python.ops import control_flow_util
-
-    if loaded.xla_reason and control_flow_util.GraphOrParentsInXlaContext(
-        tf.compat.v1.get_default_graph()
-    ):
+    if loaded.xla_reason and compiled_by_xla():
         return (
             "this function is compiled by XLA (jit_compile=True), and "
             + loaded.xla_reason

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch entropy and unit statistics: the public ops and their gradients.
+"""Batch entropy and unit statistics: the public ops.
 
 One call is one native op where the compiled library can be used, and plain
 TensorFlow (`lbe_ops.reference`) with the same results where it cannot.
@@ -10,19 +10,19 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
-from tensorflow.python.eager import forwardprop_util, record
 
-from lbe_ops import native as native_library
-from lbe_ops import reference
+from lbe_ops import gradients, reference
+from lbe_ops.keras_internals import call_with_gradient
+from lbe_ops.native import select
 
 SCALE = math.pi * math.e
 OFFSET = 1.0
 # The range of scale and offset: float32 can hold their quotients.
 SMALLEST, LARGEST = 1e-12, 1e12
+# AutoGraph converts none of the functions below: there is no control flow of tensors.
 DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 
 
@@ -37,7 +37,7 @@ class UnitStatistics(NamedTuple):
     entropy: tf.Tensor
 
 
-@tf.autograph.experimental.do_not_convert  # there is nothing to convert
+@tf.autograph.experimental.do_not_convert
 def batch_entropy(
     x: Any,
     *,
@@ -90,13 +90,13 @@ def batch_entropy(
     Source: Peer et al., TMLR 2022 (arXiv 2208.01134), with the offset of its code.
     """
     x, formula = _check(x, ddof, scale, offset)
-    ops = native_library.select(native)
+    ops = select(native)
     if ops is None:
         return reference.batch_entropy(x, **formula)
     return _entropy(ops, x, formula).entropy
 
 
-@tf.autograph.experimental.do_not_convert  # there is nothing to convert
+@tf.autograph.experimental.do_not_convert
 def batch_entropy_or_zero(
     x: Any,
     *,
@@ -115,14 +115,14 @@ def batch_entropy_or_zero(
         where x has fewer than two samples or no unit. Multiply a loss by `valid`.
     """
     x, formula = _check(x, ddof, scale, offset)
-    ops = native_library.select(native)
+    ops = select(native)
     if ops is None:
         return reference.batch_entropy_or_zero(x, **formula)
     outputs = _entropy(ops, x, formula, small_batch="zero")
     return outputs.entropy, outputs.valid
 
 
-@tf.autograph.experimental.do_not_convert  # there is nothing to convert
+@tf.autograph.experimental.do_not_convert
 def unit_statistics(
     x: Any,
     *,
@@ -149,7 +149,7 @@ def unit_statistics(
     array([1., 0.], dtype=float32)
     """
     x, formula = _check(x, ddof, scale, offset)
-    ops = native_library.select(native)
+    ops = select(native)
     if ops is None:
         return UnitStatistics(*reference.unit_statistics(x, **formula))
     outputs = _call(ops, x, formula, statistics_grad=True)
@@ -172,13 +172,13 @@ class EpilogueOutputs(NamedTuple):
     valid: tf.Tensor
 
 
-@tf.autograph.experimental.do_not_convert  # there is nothing to convert
+@tf.autograph.experimental.do_not_convert
 def epilogue(
     z: Any,
     bias: Any = None,
     *,
     activation: str = "linear",
-    alpha: float = 1.0,
+    slope: float = 1.0,
     ddof: int = 0,
     scale: float = SCALE,
     offset: float = OFFSET,
@@ -197,7 +197,7 @@ def epilogue(
         z: products `[N, ..., C]`; float16, bfloat16, float32 or float64.
         bias: `[C]`, of the dtype of z, or None.
         activation: linear, relu, leaky_relu, elu, selu, tanh, sigmoid or softplus.
-        alpha: slope of leaky_relu below 0, factor of elu, at least 0.
+        slope: of leaky_relu below 0; the factor of elu; at least 0.
         ddof, scale, offset, native: as for `batch_entropy`.
 
     Returns:
@@ -220,8 +220,8 @@ def epilogue(
             f"activation must be one of {', '.join(reference.ACTIVATIONS)}. "
             f"Received: {activation!r}"
         )
-    if not (isinstance(alpha, numbers.Real) and 0 <= alpha < math.inf):
-        raise ValueError(f"alpha must be a number >= 0. Received: {alpha!r}")
+    if not (isinstance(slope, numbers.Real) and 0 <= slope < math.inf):
+        raise ValueError(f"slope must be a number >= 0. Received: {slope!r}")
     if bias is not None:
         bias = tf.convert_to_tensor(bias, z.dtype)
         if not bias.shape.is_compatible_with(z.shape[-1:] if z.shape.rank else [None]):
@@ -229,23 +229,23 @@ def epilogue(
                 "bias must have one entry for each channel, the last dimension of z. "
                 f"Received: z of shape {z.shape}, bias of shape {bias.shape}"
             )
-    ops = native_library.select(native)
+    ops = select(native)
     if ops is None:
-        y = reference.activate(z, bias, activation, float(alpha))
+        y = reference.activate(z, bias, activation, float(slope))
         return EpilogueOutputs(y, *batch_entropy_or_zero(y, **formula, native=native))
     biases = [] if bias is None else [bias]
     attributes = {
         "activation": activation,
-        "alpha": repr(float(alpha)),
+        "alpha": repr(float(slope)),
         **_attributes(formula),
     }
-    outputs = _recorded(
+    outputs = call_with_gradient(
         lambda: ops.lbe_epilogue(
             z, biases, result_type=reference.result_dtype(z.dtype), **attributes
         ),
         [z, *biases],
         ("y", "entropy"),
-        functools.partial(_epilogue_gradient, biases=len(biases), **attributes),
+        functools.partial(gradients.epilogue, biases=len(biases), **attributes),
     )
     return EpilogueOutputs(outputs.y, outputs.entropy, outputs.valid)
 
@@ -307,152 +307,15 @@ def _call(ops: Any, x: tf.Tensor, formula: dict[str, Any], **attributes: Any) ->
 
 
 def _entropy(ops: Any, x: tf.Tensor, formula: dict[str, Any], **attributes: Any) -> Any:
-    """The op, where nobody sees mean and variance."""
+    """Calls the op; only `entropy` is differentiable."""
 
     def gradient(outputs: Any, entropy_grad: tf.Tensor) -> list[tf.Tensor]:
         return [
-            _batch_entropy_gradient(
+            gradients.batch_entropy(
                 x, outputs, entropy_grad, [], **_attributes(formula)
             )
         ]
 
-    return _recorded(
+    return call_with_gradient(
         lambda: _call(ops, x, formula, **attributes), [x], ("entropy",), gradient
     )
-
-
-def _recorded(
-    call: Callable[[], Any],
-    inputs: list[tf.Tensor],
-    differentiable: tuple[str, ...],
-    gradient: Callable[..., list[tf.Tensor]],
-) -> Any:
-    """The outputs of an op; gradient tapes know those that have a gradient only.
-
-    For every other output of an op that they see themselves, TensorFlow makes a
-    gradient of zeros in every step: for hundreds of layers, more operations than the
-    rest of LBE. In functions that are differentiated as a whole, and in forward mode,
-    TensorFlow takes the op and the registered gradients below.
-    """
-    if forwardprop_util.pack_tangents(inputs).tangents:
-        return call()
-    with record.stop_recording():
-        outputs = call()
-    record.record_operation(
-        "LBE",
-        [getattr(outputs, name) for name in differentiable],
-        inputs,
-        functools.partial(gradient, outputs),
-    )
-    return outputs
-
-
-def _batch_entropy_gradient(
-    x: tf.Tensor,
-    outputs: Any,
-    entropy_grad: tf.Tensor,
-    statistics_grads: Sequence[tf.Tensor],
-    **attributes: Any,
-) -> tf.Tensor:
-    _, mean, variance, _ = outputs
-    return native_library.load().ops.lbe_batch_entropy_grad(
-        x, mean, variance, entropy_grad, statistics_grads, **attributes
-    )
-
-
-def _epilogue_gradient(
-    outputs: Any, dy: tf.Tensor, entropy_grad: tf.Tensor, **attributes: Any
-) -> list[tf.Tensor]:
-    y, _, mean, variance, _ = outputs
-    dz, dbias = native_library.load().ops.lbe_epilogue_grad(
-        dy, y, mean, variance, entropy_grad, **attributes
-    )
-    return [dz, *dbias]
-
-
-@tf.RegisterGradient("LBE>BatchEntropy")
-def _batch_entropy_grad(
-    op: tf.Operation,
-    entropy_grad: tf.Tensor,
-    mean_grad: tf.Tensor,
-    variance_grad: tf.Tensor,
-    _: tf.Tensor,
-) -> tf.Tensor:
-    # Without statistics_grad mean and variance serve this gradient alone; nobody
-    # else sees them.
-    flows = op.get_attr("statistics_grad")
-    return _batch_entropy_gradient(
-        op.inputs[0],
-        op.outputs,
-        entropy_grad,
-        [mean_grad, variance_grad] if flows else [],
-        **{name: op.get_attr(name) for name in ("ddof", "scale", "offset")},
-    )
-
-
-@tf.RegisterGradient("LBE>BatchEntropyGrad")
-def _batch_entropy_grad_grad(
-    op: tf.Operation, dx_grad: tf.Tensor
-) -> list[tf.Tensor | None]:
-    """The gradient of the gradient: TensorFlow differentiates the reference's.
-
-    dx depends on x alone: mean and variance are x's own, so that what flows back
-    through them is part of the gradient with respect to x.
-    """
-    x, _, _, *grads = op.inputs
-    formula = {
-        "ddof": op.get_attr("ddof"),
-        "scale": float(op.get_attr("scale")),
-        "offset": float(op.get_attr("offset")),
-    }
-    with tf.GradientTape() as outer:
-        outer.watch([x, *grads])
-        with tf.GradientTape() as inner:
-            inner.watch(x)
-            entropy, _ = reference.batch_entropy_or_zero(x, **formula)
-            targets = [entropy, *reference.moments(x, formula["ddof"])]
-        dx = inner.gradient(targets[: len(grads)], x, output_gradients=grads)
-    x_grad, *grads_grads = outer.gradient(dx, [x, *grads], output_gradients=dx_grad)
-    return [x_grad, None, None, *grads_grads]
-
-
-_EPILOGUE_ATTRIBUTES = ("activation", "alpha", "ddof", "scale", "offset", "biases")
-
-
-@tf.RegisterGradient("LBE>Epilogue")
-def _epilogue_grad(
-    op: tf.Operation, dy: tf.Tensor, entropy_grad: tf.Tensor, *_: tf.Tensor
-) -> list[tf.Tensor]:
-    attributes = {name: op.get_attr(name) for name in _EPILOGUE_ATTRIBUTES}
-    return _epilogue_gradient(op.outputs, dy, entropy_grad, **attributes)
-
-
-@tf.RegisterGradient("LBE>EpilogueGrad")
-def _epilogue_grad_grad(op: tf.Operation, *grads: tf.Tensor) -> list[tf.Tensor | None]:
-    """The gradient of the gradient: TensorFlow differentiates the formula.
-
-    mean and variance are those of y, so that what flows back through them is part of
-    the gradient with respect to y.
-    """
-    dy, y, _, _, entropy_grad = op.inputs
-    formula = {
-        "ddof": op.get_attr("ddof"),
-        "scale": float(op.get_attr("scale")),
-        "offset": float(op.get_attr("offset")),
-    }
-    derivative = reference.DERIVATIVES[op.get_attr("activation").decode()]
-    with tf.GradientTape() as outer:
-        outer.watch([dy, y, entropy_grad])
-        with tf.GradientTape() as inner:
-            inner.watch(y)
-            entropy, _ = reference.batch_entropy_or_zero(y, **formula)
-        share = inner.gradient(entropy, y, output_gradients=entropy_grad)
-        dz = derivative(y, float(op.get_attr("alpha"))) * (dy + share)
-        outputs = [dz]
-        if op.get_attr("biases"):
-            channels = tf.reshape(dz, [-1, tf.shape(dz)[-1]])
-            outputs.append(tf.reduce_sum(channels, axis=0))
-    dy_grad, y_grad, g_grad = outer.gradient(
-        outputs, [dy, y, entropy_grad], output_gradients=list(grads)
-    )
-    return [dy_grad, y_grad, None, None, g_grad]

@@ -1,117 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """`LBERegularizer`: layerwise batch entropy as the activity regularizer of a layer.
 
-Keras calls it with the output of its layer. Under an `LBEModel` it reports the
-entropy to the model's `Record`, and the model makes the loss; anywhere else it
-returns its own loss. Its `lbe_alpha` is a weight like any other.
+Keras calls it with the output of its layer. In a step of an `LBEModel` it reports the
+entropy (see `lbe_ops.recorder`), and the model makes the loss; anywhere else it returns
+its own loss.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import dataclasses
-import functools
 import math
-import weakref
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
-from keras.src.backend.common import global_state
-from keras.src.backend.common.name_scope import name_scope
-from keras.src.backend.common.symbolic_scope import in_symbolic_scope
-from keras.src.saving import saving_lib
-from tensorflow.python import pywrap_tfe
 
-from lbe_ops import native as native_library
-from lbe_ops import ops
-from lbe_ops.alphas import Alpha
+from lbe_ops import keras_internals, ops, recorder
+from lbe_ops.native import compiles, requested_mode
+
+ALPHA_NAME = "lbe_alpha"
 
 # From 3.14 on (and in Keras 2) a layer divides the value of its activity regularizer
 # by the batch size. LBE is a mean over the batch already.
 _KERAS_DIVIDES = tuple(int(n) for n in keras.__version__.split(".")[:2]) >= (3, 14)
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One call of a regularizer: the scalars of `ops.batch_entropy_or_zero`.
-
-    `valid` is None where the shape says already that it is 1.
-    """
-
-    regularizer: LBERegularizer
-    entropy: tf.Tensor
-    valid: tf.Tensor | None
-
-
-class Record:
-    """What the regularizers of one forward pass of an `LBEModel` have seen.
-
-    Args:
-        model: the model, which `made_by` recognizes.
-        always: record whatever `training` is, and not in training only.
-    """
-
-    def __init__(self, model: keras.Model, always: bool) -> None:
-        self.always = always
-        self.reported: keras.layers.Layer | None = None  # the last, by its epilogue
-        self._model = weakref.ref(model)
-        self.entries: list[Entry] = []
-        self._graph = _current_graph()
-        self._zero: tf.Tensor | None = None
-        self._zeros: list[tuple[keras.layers.Layer, int]] = []
-
-    def add(self, entry: Entry, layer: str) -> None:
-        """Raises where the entropy could not leave the function it was made in."""
-        if _current_graph() is not self._graph:
-            raise ValueError(
-                f"The LBE layer {layer} is called inside a function of its own "
-                "(tf.function, tf.cond, tf.while_loop, tf.map_fn) within the forward "
-                "pass of its model, which cannot use its entropy. Call it outside, or "
-                "put LBE on the layer around it: with_lbe(outer_layer)."
-            )
-        self.entries.append(entry)
-
-    def made_by(self, model: keras.Model) -> bool:
-        """Whether this is about a forward pass of that very model."""
-        return self._model() is model
-
-    def zero(self, layer: keras.layers.Layer) -> tf.Tensor:
-        """A loss for Keras to add to those of `layer`, where there is none."""
-        self._zeros.append((layer, len(layer._losses)))
-        if _current_graph() is not self._graph:
-            return tf.zeros(())
-        if self._zero is None:
-            self._zero = tf.zeros(())
-        return self._zero
-
-    def remove_zeros(self) -> None:
-        """After the forward pass: hundreds of them cost more than the entropies."""
-        for layer, index in reversed(self._zeros):
-            # A slice: another thread in the same model may have cleared them.
-            del layer._losses[index : index + 1]
-
-
-_record: contextvars.ContextVar[Record | None] = contextvars.ContextVar(
-    "lbe_ops_record", default=None
-)
-
-
-def current_record() -> Record | None:
-    """That of the forward pass that this thread is in."""
-    return _record.get()
-
-
-@contextlib.contextmanager
-def recording(record: Record) -> Iterator[Record]:
-    """Sends what the regularizers see to `record`, in this thread."""
-    token = _record.set(record)
-    try:
-        yield record
-    finally:
-        _record.reset(token)
 
 
 def lbe_losses(
@@ -126,6 +39,89 @@ def lbe_losses(
     return beta * tf.square(entropy - target)
 
 
+class Alpha:
+    """The `lbe_alpha` of one regularizer: reads and writes it wherever it is kept.
+
+    That is a scalar weight of the regularizer, or an element of the weight of an
+    `LBEModel`. Nothing is copied, so that what it shows is never stale.
+
+    Args:
+        variable: the weight.
+        initial: what the weight is initialized with.
+    """
+
+    def __init__(self, variable: keras.Variable, initial: float) -> None:
+        self.variable = variable
+        self.index: int | None = None  # None for a scalar
+        self.in_a_graph = False  # which would not learn of a move
+        self._initial = initial
+
+    def move(self, vector: keras.Variable, index: int) -> None:
+        """Lets an element of a vector, which has its value, take the scalar's place."""
+        self.variable, self.index = vector, index
+
+    def value_of_scalar(self) -> Callable[[], tf.Tensor]:
+        """Reads the scalar, even after the move; for the initializer of the vector.
+
+        A variable that a step has made in its graph has no value before its end.
+        """
+        scalar = self.variable
+
+        def read() -> tf.Tensor:
+            if not scalar.value.is_initialized():
+                return tf.constant(self._initial, self.dtype)
+            return tf.convert_to_tensor(scalar.value)
+
+        return read
+
+    @property
+    def value(self) -> tf.Tensor | tf.Variable:
+        """The scalar as TensorFlow's variable, or an element as a tensor."""
+        value = self.variable.value
+        if not (tf.executing_eagerly() or keras_internals.in_scratch_graph()):
+            self.in_a_graph = True
+        return value if self.index is None else value[self.index]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Always `()`."""
+        return ()
+
+    @property
+    def dtype(self) -> str:
+        """Always `"float32"`."""
+        return self.variable.dtype
+
+    def assign(self, value: Any) -> None:
+        """Sets it, in a `tf.function` too. Only this element changes."""
+        if self.index is None:
+            self.variable.assign(value)
+            return
+        value = tf.reshape(tf.cast(value, self.dtype), [1])
+        vector = tf.convert_to_tensor(self.variable.value)
+        self.variable.assign(tf.tensor_scatter_nd_update(vector, [[self.index]], value))
+
+    def numpy(self) -> np.ndarray:
+        """The present value, a float32 scalar."""
+        return tf.convert_to_tensor(self.value).numpy()
+
+    def __float__(self) -> float:
+        return float(self.numpy())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.numpy(), dtype)
+
+    def __tf_tensor__(
+        self, dtype: tf.DType | None = None, name: str | None = None
+    ) -> tf.Tensor:
+        return tf.convert_to_tensor(self.value, dtype, name)
+
+    def __repr__(self) -> str:
+        place = "" if self.index is None else f"[{self.index}]"
+        with tf.init_scope():  # a function that is traced may print it
+            return f"<Alpha {self.variable.path}{place}={float(self)}>"
+
+
 @keras.saving.register_keras_serializable(package="lbe_ops")
 class LBERegularizer(keras.layers.Layer):
     """Activity regularizer that pulls a layer's batch entropy towards alpha.
@@ -135,18 +131,26 @@ class LBERegularizer(keras.layers.Layer):
 
         LBE = lbe_beta * (H - max(lbe_alpha_min, |lbe_alpha|))^2,
 
-    where `lbe_alpha` is trained together with the weights of the layer. Under an
-    `LBEModel` the model combines the LBE of all layers; in any other model LBE is
-    added to the loss, whatever the batch size and the version of Keras.
+    where `lbe_alpha` is trained. Under an `LBEModel` the model combines the LBE of all
+    layers, and owns their alphas; in any other model LBE is added to the loss, whatever
+    the batch size and the version of Keras, and alpha is a weight of the layer. A plain
+    model that shares layers with an `LBEModel` takes their alphas as they are: it is
+    the `LBEModel` that trains them.
 
     A batch of fewer than two samples adds neither loss nor gradient. The result is
     float32 (float64 for float64) under every dtype policy. In a plain Keras model
-    whose graph is not made for training (neither `training=True` nor a gradient
-    tape), only plain TensorFlow ops are used (unless `native=True`), so that an
-    exported model does not need this package.
+    whose graph is not made for training (`training=True`), only plain TensorFlow ops
+    are used (unless `native=True`), so that an exported model does not need this
+    package.
 
     Weight decay pulls alpha towards zero. `LBEModel` excludes it; in any other model
     call `optimizer.exclude_from_weight_decay(var_names=["lbe_alpha"])` yourself.
+
+    Keras leaves activity regularizers out of `.weights.h5` files. In a plain Keras
+    model, the alpha of `keras.layers.Dense(activity_regularizer=LBERegularizer())` is
+    in `.keras` files of Functional and Sequential models and in checkpoints of
+    TensorFlow only; that of `Dense_LBE`,
+    `Conv2D_LBE` and `LBE`, and of every `LBEModel`, is in all of them.
 
     Args:
         lbe_alpha: initial value of the entropy to reach, in nats; trainable.
@@ -163,7 +167,7 @@ class LBERegularizer(keras.layers.Layer):
         trainable: False keeps alpha as it is.
 
     Attributes:
-        lbe_alpha: the variable (`keras.Variable`, float32 scalar).
+        lbe_alpha: an `Alpha`: `.numpy()`, `.assign(value)`, `.value`, `float()`.
 
     Raises:
         ValueError: an argument is out of its range or not a number.
@@ -192,13 +196,16 @@ class LBERegularizer(keras.layers.Layer):
         name: str | None = None,
         trainable: bool = True,
     ) -> None:
-        super().__init__(name=name, trainable=trainable, dtype="float32")
+        # Without autocast, Keras would not see float16 and float64 outputs as they are.
+        super().__init__(
+            name=name, trainable=trainable, dtype="float32", autocast=False
+        )
         check_finite("lbe_alpha", lbe_alpha)
         check_finite("lbe_alpha_min", lbe_alpha_min, at_least=0)
         check_finite("lbe_beta", lbe_beta, at_least=0)
         check_finite("scale", scale)
         check_finite("offset", offset)
-        native_library.requested_mode(native)
+        requested_mode(native)
         other = keras.regularizers.get(other_activity_regularizer)
         if isinstance(other, LBERegularizer):
             raise ValueError(
@@ -210,13 +217,36 @@ class LBERegularizer(keras.layers.Layer):
         self.other_activity_regularizer = other
         self.formula = ops.check_formula(ddof, scale, offset)
         self.native = native
+        self.supports_masking = True
+        # Whether the layer was built before, so that Keras does not track its alpha.
+        self.on_built_layer = False
         # Made here and not in build(): a Functional model lists its variables before
-        # its first call. In Keras' name scope alone: a variable whose name no other one
-        # has takes TensorFlow five times as long.
-        with name_scope(self.name, caller=self):
-            self.lbe_alpha = Alpha(float(lbe_alpha))
-        self.lbe_alpha.trainable = trainable
+        # its first call. Keras tracks what is in the list, and no longer what was taken
+        # out; checkpoints of TensorFlow have what is in the module.
+        with keras.name_scope(self.name):
+            variable = keras.Variable(
+                lambda shape, dtype: tf.constant(float(lbe_alpha), dtype, shape),
+                shape=(),
+                dtype="float32",
+                autocast=False,
+                name=ALPHA_NAME,
+            )
+        variable.trainable = trainable
+        self.scalars = [variable]
+        self.checkpointed = tf.Module()
+        self.checkpointed.lbe_alpha = variable
+        self._alpha = Alpha(variable, float(lbe_alpha))
         self.built = True
+
+    @property
+    def lbe_alpha(self) -> Alpha:
+        """The present entropy to reach; set it with `lbe_alpha.assign(value)`."""
+        return self._alpha
+
+    @property
+    def target(self) -> tf.Tensor:
+        """The entropy to reach at present: `max(lbe_alpha_min, |lbe_alpha|)`."""
+        return tf.maximum(tf.abs(self.lbe_alpha.value), self.lbe_alpha_min)
 
     @property
     def supports_jit(self) -> bool:
@@ -225,152 +255,110 @@ class LBERegularizer(keras.layers.Layer):
         False where the native op is in use and its library was built without XLA:
         the whole model then trains outside of XLA, with the native op.
         """
-        return self._supports_jit and native_library.compiles(self.native)
+        return self._jit_allowed and compiles(self.native)
 
     @supports_jit.setter
     def supports_jit(self, value: bool) -> None:
-        self._supports_jit = value
+        self._jit_allowed = value
 
-    @property
-    def alpha(self) -> tf.Tensor:
-        """The entropy to reach at present: `max(lbe_alpha_min, |lbe_alpha|)`."""
-        return tf.maximum(tf.abs(self.lbe_alpha.value), self.lbe_alpha_min)
+    def move_alpha(self, vector: keras.Variable, index: int) -> None:
+        """Lets an element of a model's weight, which has its value, take alpha's place.
+
+        The scalar is a weight of nobody then.
+        """
+        self._alpha.move(vector, index)
+        self.scalars.clear()
+        del self.checkpointed.lbe_alpha
+        self.checkpointed.lbe_alphas = vector  # exported graphs of other models read it
 
     def __call__(self, x: Any) -> Any:
-        # Layer.__call__ would cost more than the entropy; only symbolic inputs of a
-        # Functional model need it.
-        if isinstance(x, keras.KerasTensor):
-            return super().__call__(x)
-        return self.call(x)
+        recording = recorder.current()
+        if recording is not None and recording.always and tf.is_tensor(x):
+            return self.call(x, training=True)
+        return super().__call__(x)  # Keras says whether this is training
 
-    def call(self, x: Any) -> tf.Tensor:
-        """The loss to add for activations `[N, ...]`; zero where a model records."""
-        if in_symbolic_scope():  # Keras infers shapes only
-            return tf.zeros(())
-        layer = self._calling_layer()
-        record = _record.get()
-        training = _training()
-        if record is not None and not (record.always or training):
-            return self._other(x, layer, record)
-        if (record is not None or training) and pywrap_tfe.TFE_Py_TapeSetIsStopped():
-            raise RuntimeError(
-                f"The LBE layer {_name(layer)} is called where gradients are not "
-                "recorded, as inside a rematerialised block (keras.RematScope, "
-                "tf.recompute_grad): its LBE would be without a gradient. Take the "
-                "layer out of the block, or put LBE on the output of the whole block: "
-                "with_lbe(block)."
-            )
-        native = self.native
-        recorded = training or not pywrap_tfe.TFE_Py_TapeSetIsEmpty()
-        if record is None and not recorded and not tf.executing_eagerly():
-            # This graph may be exported and served without the native library.
-            native = native or False
+    def call(self, x: Any, training: bool | None = None) -> tf.Tensor:
+        """What Keras is to add to the losses of the layer with activations `[N, ...]`.
+
+        Keras divides it by the number of samples from 3.14 on, and what is returned
+        makes up for that. In a layer of your own, add `regularizer.loss(x)`.
+        """
+        loss, other = self.loss(x, training), self.other_activity_regularizer
+        if recorder.current() is not None:
+            return loss if other is None else other(x)
+        if _KERAS_DIVIDES and x.shape.rank:
+            loss *= tf.cast(tf.shape(x)[0], loss.dtype)
+        return loss if other is None else loss + tf.cast(other(x), loss.dtype)
+
+    def loss(self, x: Any, training: bool | None = None) -> tf.Tensor:
+        """LBE of activations `[N, ...]`, without the other regularizer: a scalar.
+
+        In a forward pass of an `LBEModel` it is 0, and the model makes the loss of what
+        is reported here.
+
+        Args:
+            x: the activations.
+            training: False or None uses plain TensorFlow ops in a graph, which may be
+                exported, unless `native=True`.
+        """
         x = tf.convert_to_tensor(x)
         if x.dtype not in ops.DTYPES:
             raise TypeError(
-                f"The LBE layer {_name(layer)} has an output that is not floating "
-                "point, which has no batch entropy. Put LBE on a layer whose outputs "
-                f"all are floating point. Received: dtype={x.dtype.name!r}"
+                f"The layer of '{self.name}' has an output that is not floating point, "
+                "which has no batch entropy. Put LBE on a layer whose outputs all are "
+                f"floating point. Received: dtype={x.dtype.name!r}"
             )
-        maker, *made = getattr(x, "_lbe_entropy", (None,))
-        if maker is self:  # by `epilogue`
-            entropy, valid = made
-        else:
-            entropy, valid = ops.batch_entropy_or_zero(x, **self.formula, native=native)
-        if record is not None:
-            self._report(record, layer, x, entropy, valid)
-            return self._other(x, layer, record)
-        loss = valid * lbe_losses(
+        recording = recorder.current()
+        if recording is not None:
+            if recording is recorder.active(training):
+                self.report(recording, x)
+            return recording.zero()
+        native = self.native
+        if native is None and not training and not tf.executing_eagerly():
+            native = False
+        if training:
+            self._check_training()
+        entropy, valid = ops.batch_entropy_or_zero(x, **self.formula, native=native)
+        return valid * lbe_losses(
             entropy,
             tf.cast(self.lbe_alpha.value, entropy.dtype),
             self.lbe_alpha_min,
             self.lbe_beta,
         )
-        if _KERAS_DIVIDES and layer is not None:
-            loss *= tf.cast(tf.shape(x)[0], loss.dtype)
-        if self.other_activity_regularizer is None:
-            return loss
-        return loss + tf.cast(self.other_activity_regularizer(x), loss.dtype)
 
-    def in_epilogue_of(self, layer: keras.layers.Layer) -> bool:
-        """Whether a layer is to end with `epilogue` now: in a step of an `LBEModel`.
-
-        Not where a wrapper calls the layer's `call`: no regularizer follows there.
-        """
-        record = _record.get()
-        return (
-            record is not None
-            and (record.always or _training())
-            and self._calling_layer() is layer
-            and not in_symbolic_scope()
-            and not pywrap_tfe.TFE_Py_TapeSetIsStopped()
-        )
-
-    def epilogue(
-        self, z: Any, bias: Any = None, activation: str = "linear", alpha: float = 1.0
-    ) -> tf.Tensor:
-        """`activation(z + bias)`, whose entropy is made in the same pass.
-
-        It is kept with the tensor that is returned, for the call of this regularizer
-        that follows.
-
-        Args:
-            z, bias, activation, alpha: as for `lbe_ops.ops.epilogue`.
-        """
-        y, *entropy = ops.epilogue(
-            z,
-            bias,
-            activation=activation,
-            alpha=alpha,
-            **self.formula,
-            native=self.native,
-        )
-        y._lbe_entropy = (self, *entropy)
-        return y
-
-    def report(self, y: tf.Tensor, layer: keras.layers.Layer) -> None:
-        """Reports what `epilogue` has found, so that Keras need not call this."""
-        if self.other_activity_regularizer is None:
-            record = _record.get()
-            self._report(record, layer, y, *y._lbe_entropy[1:])
-            record.reported = layer
-
-    def _report(
-        self,
-        record: Record,
-        layer: keras.layers.Layer | None,
-        x: tf.Tensor,
-        entropy: tf.Tensor,
-        valid: tf.Tensor | None,
+    def report(
+        self, recording: recorder.Recording, x: tf.Tensor, layer: str | None = None
     ) -> None:
-        if (x.shape[0] or 0) >= 2 and x.shape[1:].num_elements():
-            valid = None
-        record.add(Entry(self, entropy, valid), _name(layer))
+        """Reports the entropy of an output, unless its layer has done so."""
+        if not recording.has_reported(self, x):
+            entropy, valid = ops.batch_entropy_or_zero(
+                x, **self.formula, native=self.native
+            )
+            recording.report(self, x, entropy, valid, layer or self.name)
 
-    def _other(
-        self, x: Any, layer: keras.layers.Layer | None, record: Record
-    ) -> tf.Tensor:
-        if self.other_activity_regularizer is not None:
-            return self.other_activity_regularizer(x)
-        return tf.zeros(()) if layer is None else record.zero(layer)
-
-    def _calling_layer(self) -> keras.layers.Layer | None:
-        """The layer whose output is regularized, which has its name scope open.
-
-        None where the regularizer is called by other code than that of `Layer`.
-        """
-        layer = calling_layer()
-        of_layer = getattr(layer, "activity_regularizer", None) is self
-        return layer if of_layer else None
+    def _check_training(self) -> None:
+        """Raises where training would leave alpha or the layer without a gradient."""
+        if self.on_built_layer and self.lbe_alpha.index is None:
+            raise ValueError(
+                "LBE was put on a layer that was built before, whose alpha a plain "
+                "Keras model cannot train. Put LBE on the layer before it is built, or "
+                f"train an LBEModel (add_lbe makes one). Received: {self.name!r}"
+            )
+        if not keras_internals.gradients_are_recorded() and _tapes_are_stopped():
+            raise RuntimeError(recorder.rematerialised(self.name))
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int, ...]:
         """A scalar."""
         return ()
 
     def get_config(self) -> dict[str, Any]:
-        """Plain values, with the present value of alpha."""
+        """Plain values, with the present value of alpha.
+
+        An alpha that is not finite any more is a string, as JSON has no such number.
+        """
+        alpha = float(self.lbe_alpha)
         return {
-            "lbe_alpha": float(self.lbe_alpha.numpy()),
+            "lbe_alpha": alpha if math.isfinite(alpha) else str(alpha),
             "lbe_alpha_min": self.lbe_alpha_min,
             "lbe_beta": self.lbe_beta,
             "other_activity_regularizer": keras.regularizers.serialize(
@@ -382,24 +370,37 @@ class LBERegularizer(keras.layers.Layer):
             "trainable": self.trainable,
         }
 
-    def _trackable_children(
-        self, save_type: str = "checkpoint", **kwargs: Any
-    ) -> dict[str, Any]:
-        children = super()._trackable_children(save_type, **kwargs)
-        if save_type == "savedmodel" and self.lbe_alpha.vector is not None:
-            children["lbe_alphas"] = self.lbe_alpha.vector  # functions may read it
-        return children
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> LBERegularizer:
+        """The regularizer that `get_config` described, with a warning about NaN."""
+        alpha = config["lbe_alpha"]
+        if not isinstance(alpha, str):
+            return cls(**config)
+        regularizer = cls(**{**config, "lbe_alpha": 0.0})
+        regularizer.lbe_alpha.assign(float(alpha))
+        warnings.warn(
+            f"The lbe_alpha of '{regularizer.name}' is {alpha}: training had diverged "
+            "before the model was saved.",
+            stacklevel=2,
+        )
+        return regularizer
+
+    def save_own_variables(self, store: Any) -> None:
+        """Writes the present alpha, wherever it is kept."""
+        store["0"] = self.lbe_alpha.numpy()
 
     def load_own_variables(self, store: Any) -> None:
         """Restores alpha; a file that does not have it is an error."""
-        if not store.keys():
+        if "0" not in list(store.keys()):
             raise ValueError(
-                "The file holds no lbe_alpha of its own for this LBERegularizer. Keras "
-                "takes one regularizer shared by several layers apart when it loads a "
-                "`.keras` file: give every layer its own, or build the model in code "
-                f"and load the file with load_weights(). Received: name={self.name!r}"
+                "No lbe_alpha for this LBERegularizer is in the file. It may be of a "
+                "model without LBE here, or of a plain Keras model, which leaves that "
+                "of a plain layer out; or two layers shared a regularizer, which Keras "
+                "takes apart when it loads a `.keras` file: give every layer its own, "
+                "or build the model in code and load the file with load_weights(). "
+                f"Received: name={self.name!r}"
             )
-        super().load_own_variables(store)
+        self.lbe_alpha.assign(store["0"][()])
 
 
 def check_finite(name: str, value: Any, at_least: float = -math.inf) -> None:
@@ -415,43 +416,9 @@ def check_finite(name: str, value: Any, at_least: float = -math.inf) -> None:
         )
 
 
-def _current_graph() -> tf.Graph | None:
-    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-
-
-def _name(layer: keras.layers.Layer | None) -> str:
-    return "(unknown)" if layer is None else f"'{layer.path or layer.name}'"
-
-
-def calling_layer() -> Any:
-    """Whose name scope is open: the layer or model in whose call this runs, or None."""
-    scopes = global_state.get_global_attribute("name_scope_stack")
-    return scopes[-1].caller if scopes else None
-
-
-def in_layer_call() -> bool:
-    """Whether this runs inside the call of a Keras layer or model."""
-    return global_state.get_global_attribute("current_call_ctx") is not None
-
-
-def _training() -> bool:
-    context = global_state.get_global_attribute("current_call_ctx")
-    return bool(getattr(context, "training", None))
-
-
-def _save_activity_regularizers() -> None:
-    """Makes Keras save the weights of activity regularizers.
-
-    Its savers (`.keras`, `.weights.h5`) skip every attribute that a bare Layer has,
-    and so lose alpha silently. Only regularizers with weights are concerned.
-    """
-    get_attr_skipset = saving_lib.get_attr_skipset
-
-    @functools.wraps(get_attr_skipset)
-    def without_activity_regularizer(obj_type: str) -> set[str]:
-        return get_attr_skipset(obj_type) - {"activity_regularizer"}
-
-    saving_lib.get_attr_skipset = without_activity_regularizer
-
-
-_save_activity_regularizers()
+def _tapes_are_stopped() -> bool:
+    """Whether not even a new gradient tape records anything here."""
+    with tf.Graph().as_default(), tf.GradientTape() as tape:
+        x = tf.constant(0.0)
+        tape.watch(x)
+        return tape.gradient(tf.identity(x), x) is None

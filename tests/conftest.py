@@ -1,16 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures (device, path, dtype) and the one table of tolerances."""
+"""Fixtures: device, path and dtype; what they are made of is in `helpers.py`."""
 
-import dataclasses
-import importlib
 import importlib.util
-import json
 import os
 import pathlib
-import shutil
-import subprocess
-import sys
-import sysconfig
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -20,11 +13,21 @@ os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 import hypothesis
 import numpy as np
 import pytest
+from helpers import (
+    DTYPES,
+    EMULATION,
+    PATHS,
+    TOLERANCES,
+    configure,
+    require_native,
+    require_op_on_gpu,
+    require_xla,
+    run_cmake,
+)
 
 if importlib.util.find_spec("tensorflow"):
     import tensorflow as tf
 
-    import lbe_ops
     from lbe_ops import native
 else:  # what tests lbe_ops_numpy alone runs without it, on GPU machines for one
     served = {"test_cuda_arrays.py", "test_cuda_build.py", "test_numpy_module.py"}
@@ -34,141 +37,10 @@ else:  # what tests lbe_ops_numpy alone runs without it, on GPU machines for one
         if path.name not in served
     )
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-# Kept, so that only what changed is compiled again.
-EMULATION = ROOT / "build" / f"emulation-{sys.implementation.cache_tag}"
-
 # The same examples in every run of CI; elsewhere new ones each time.
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
-
-
-@dataclasses.dataclass(frozen=True)
-class Tolerance:
-    """How far results may be from float64 arithmetic on the same rounded x.
-
-    statistics: relative, of entropy, mean and variance (in float32 or float64).
-    grad: of dx, relative to its largest element: the rounding of its dtype.
-    grad_atol: of dx, absolute: half the smallest number of its dtype.
-    """
-
-    statistics: float
-    grad: float
-    grad_atol: float
-
-
-TOLERANCES = {
-    "float64": Tolerance(1e-13, 1e-12, 0.0),
-    "float32": Tolerance(4e-6, 1e-5, 0.0),
-    "float16": Tolerance(4e-6, 2**-11 + 1e-5, 2**-25),
-    "bfloat16": Tolerance(4e-6, 2**-8 + 1e-5, 0.0),
-}
-DTYPES = tuple(TOLERANCES)
-
-
-def _require(variable, reason):
-    """Skips where there is a reason; fails where the environment forbids that."""
-    if reason and os.environ.get(variable) == "1":
-        pytest.fail(f"{variable}=1, but {reason}")
-    elif reason:
-        pytest.skip(reason)
-
-
-def require_native():
-    """Skips without the native library; fails where LBE_REQUIRE_NATIVE=1."""
-    _require("LBE_REQUIRE_NATIVE", native.load().reason)
-
-
-def require_xla():
-    """Skips where XLA cannot compile the native op; LBE_REQUIRE_XLA=1 then fails."""
-    _require("LBE_REQUIRE_XLA", native.load().xla_reason)
-
-
-def run_script(script, *arguments, **env):
-    """What a script prints as JSON, last, in a process of its own."""
-    result = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def import_numpy_module():
-    """lbe_ops_numpy; the tests skip without it, or fail, as by require_native."""
-    if os.environ.get("LBE_REQUIRE_NATIVE") == "1":
-        return importlib.import_module("lbe_ops_numpy")
-    return pytest.importorskip(
-        "lbe_ops_numpy", reason="built without the native library"
-    )
-
-
-def missing_gpu(reason):
-    """Skips where there is no GPU to test; fails where LBE_REQUIRE_GPU=1."""
-    if os.environ.get("LBE_REQUIRE_GPU") == "1":
-        pytest.fail(f"LBE_REQUIRE_GPU=1, but {reason}", pytrace=False)
-    pytest.skip(reason)
-
-
-def module_with_gpu():
-    """lbe_ops_numpy, built with CUDA and with a GPU; or as by missing_gpu."""
-    module = import_numpy_module()
-    problem = module.cuda_system()["problem"]
-    if problem:
-        missing_gpu(f"no GPU: {problem}")
-    return module
-
-
-def require_op_on_gpu():
-    """Returns where TensorFlow runs the op on a GPU; else as by missing_gpu.
-
-    Skips, whatever is required, where the GPU is there and TensorFlow is one for CPUs:
-    lbe_ops_numpy can be tested all the same.
-    """
-    module_with_gpu()
-    name = f"TensorFlow {tf.__version__}"
-    if not tf.test.is_built_with_cuda():
-        pytest.skip(f"{name} was built without GPU support")
-    require_native()
-    if not tf.config.list_physical_devices("GPU"):
-        missing_gpu(
-            f"{name} sees no GPU, and the driver has one: does it lack its libraries "
-            "(pip install tensorflow[and-cuda])?"
-        )
-
-
-def run_cmake(*arguments, **env):
-    """Exit status and output; skips or fails without CMake, as by require_native."""
-    path = os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")])
-    for tool in ("cmake", "ninja"):
-        if shutil.which(tool, path=path) is None:
-            reason = f"{tool} is missing: pip install {tool}"
-            if os.environ.get("LBE_REQUIRE_NATIVE") == "1":
-                pytest.fail(f"LBE_REQUIRE_NATIVE=1, but {reason}")
-            pytest.skip(reason)
-    done = subprocess.run(
-        [shutil.which("cmake", path=path), *arguments],
-        env={**os.environ, "PATH": path, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    return done.returncode, done.stdout
-
-
-def configure(folder, *options, **env):
-    """CMake's first step, for lbe_ops_numpy alone, which is then built to out/."""
-    return run_cmake(
-        *("-S", ROOT, "-B", folder, "-G", "Ninja", "-DLBE_TENSORFLOW=OFF"),
-        *(f"-DPython_EXECUTABLE={sys.executable}", f"-DLBE_OUTPUT_DIR={folder}/out"),
-        *options,
-        **env,
-    )
 
 
 @pytest.fixture(scope="session")
@@ -207,36 +79,6 @@ def tolerance(dtype):
     return TOLERANCES[dtype]
 
 
-@dataclasses.dataclass(frozen=True)
-class Path:
-    """Who computes (native or reference) and how it is run (eager, graph, xla)."""
-
-    native: bool
-    mode: str
-
-    def run(self, function, *args):
-        """function(*args) with every op on this path."""
-
-        def call(*tensors):
-            with lbe_ops.use_native(self.native):
-                return function(*tensors)
-
-        args = [tf.convert_to_tensor(a) for a in args]
-        if self.mode == "eager":
-            return call(*args)
-        return tf.function(call, jit_compile=self.mode == "xla")(*args)
-
-
-PATHS = {
-    "native-eager": Path(True, "eager"),
-    "native-graph": Path(True, "graph"),
-    "reference-eager": Path(False, "eager"),
-    "reference-graph": Path(False, "graph"),
-    "native-xla": Path(True, "xla"),
-    "reference-xla": Path(False, "xla"),
-}
-
-
 @pytest.fixture(params=PATHS)
 def path(request):
     chosen = PATHS[request.param]
@@ -256,31 +98,3 @@ def native_ops():
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
-
-
-def samples(*shape, seed=0, dtype=np.float32):
-    """Normal random values of mean 0 and variance 1."""
-    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
-
-
-def tensor(values, dtype):
-    """values as a tensor, and what it holds after rounding, in float64."""
-    rounded = tf.cast(tf.constant(np.asarray(values)), dtype)
-    return rounded, tf.cast(rounded, tf.float64).numpy()
-
-
-def assert_statistics(actual, expected, tolerance, scale=None):
-    """Within tolerance.statistics of expected, relative to it or to `scale`."""
-    actual = np.asarray(tf.cast(actual, tf.float64))
-    scale = np.abs(expected) if scale is None else scale
-    np.testing.assert_array_less(
-        np.abs(actual - expected), tolerance.statistics * scale + 1e-300
-    )
-
-
-def assert_grad(actual, expected, tolerance):
-    actual = np.asarray(tf.cast(actual, tf.float64))
-    assert actual.shape == expected.shape
-    error = np.max(np.abs(actual - expected), initial=0)
-    bound = tolerance.grad * np.max(np.abs(expected), initial=0) + tolerance.grad_atol
-    assert error <= bound, f"error {error:.3g}, allowed {bound:.3g}"

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, require_native
+from helpers import ROOT, require_native
 
 BENCHMARKS = ROOT / "benchmarks"
 

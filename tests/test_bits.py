@@ -6,7 +6,7 @@ import hashlib
 import numpy as np
 import oracle
 import pytest
-from conftest import TOLERANCES, import_numpy_module, require_native, run_script
+from helpers import TOLERANCES, import_numpy_module, require_native, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_dtypes import bfloat16

@@ -8,9 +8,9 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from conftest import samples
+from helpers import samples
 
-from lbe_ops import BatchEntropyLogger, Dense_LBE, LBEModel
+from lbe_ops import BatchEntropyLogger, Dense_LBE, LBEModel, add_lbe
 
 X, Y, PROBE = samples(12, 5), samples(12, 2, seed=1), samples(9, 5, seed=2)
 
@@ -67,6 +67,18 @@ def test_values(lbe, selection, names, eagerly):
     assert history["h_avg"][-1] == pytest.approx(np.mean(expected), rel=1e-5)
     assert history["h_out"][-1] == pytest.approx(expected[-1], rel=1e-5, abs=1e-7)
     assert history["h_positive"][-1] == sum(h > 0 for h in expected)
+
+
+def test_layers_that_were_built_before_lbe_was_put_on_them():
+    plain, layers = network(False)
+    model = add_lbe(plain, ["one", "two"])
+    model.compile("sgd", "mse")
+    logger = BatchEntropyLogger(PROBE)
+    for _ in range(2):
+        model.fit(X, Y, callbacks=[logger], verbose=0)
+    expected = by_hand(layers, ["one", "two"])
+    np.testing.assert_allclose(logger.values[-1], expected, rtol=1e-5, atol=1e-7)
+    assert len(model.lbe_regularizers) == 2
 
 
 def test_dead_layer_is_not_counted():

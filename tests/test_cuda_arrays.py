@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import oracle
 import pytest
-from conftest import TOLERANCES, import_numpy_module, missing_gpu, module_with_gpu
+from helpers import TOLERANCES, import_numpy_module, missing_gpu, module_with_gpu
 from ml_dtypes import bfloat16
 
 # One warp and less, ragged rows that are not aligned, several tiles, many splits.

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import configure, import_numpy_module, run_cmake
+from helpers import configure, import_numpy_module, run_cmake
 
 NVCC = (
     os.environ.get("CUDACXX")

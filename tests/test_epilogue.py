@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The epilogue y = activation(z + bias) with LBE, and the layers that end with it."""
 
-import contextlib
 import copy
 import functools
 import math
@@ -12,10 +11,11 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from conftest import TOLERANCES, require_native, require_xla, tensor
+from helpers import TOLERANCES, require_native, require_xla, tensor
 
 import lbe_ops
 from lbe_ops import (
+    LBE,
     Conv2D_LBE,
     Dense_LBE,
     LBEModel,
@@ -84,7 +84,7 @@ def test_values_and_gradients(path, dtype, activation, shape, bias, rng):
         with tf.GradientTape() as tape:
             tape.watch([z, *b])
             y, entropy, valid = ops.epilogue(
-                z, *b, activation=activation, alpha=ALPHA, **formula
+                z, *b, activation=activation, slope=ALPHA, **formula
             )
             loss = tf.reduce_sum(tf.cast(y * dy, entropy.dtype)) + 50 * entropy
         return y, entropy, valid, *tape.gradient(loss, [z, *b])
@@ -145,7 +145,7 @@ def test_second_derivative(activation, rng):
             with tf.GradientTape() as inner:
                 inner.watch([z, b])
                 y, entropy, _ = ops.epilogue(
-                    z, b, activation=activation, alpha=ALPHA, native=use_native
+                    z, b, activation=activation, slope=ALPHA, native=use_native
                 )
                 loss = tf.reduce_sum(y * y * weights) + 20 * tf.square(entropy)
             dz, db = inner.gradient(loss, [z, b])
@@ -198,7 +198,7 @@ def test_nan_stays_and_infinity_ends(rng):
     require_native()
     for activation in ORACLES:
         z = tf.constant([[np.nan, 1.0, 800.0], [0.5, -800.0, 1.0]], tf.float32)
-        y, entropy, _ = ops.epilogue(z, activation=activation, alpha=ALPHA)
+        y, entropy, _ = ops.epilogue(z, activation=activation, slope=ALPHA)
         value, _ = ORACLES[activation]
         with np.errstate(over="ignore", invalid="ignore"):
             expected = value(z.numpy().astype(np.float64))
@@ -245,8 +245,8 @@ def test_the_two_lists_of_activations_are_one():
     "arguments, words",
     [
         ({"activation": "gelu"}, "activation must be one of .* Received: 'gelu'"),
-        ({"alpha": -1.0}, "alpha must be a number >= 0. Received: -1.0"),
-        ({"alpha": math.nan}, "alpha must be a number >= 0. Received: nan"),
+        ({"slope": -1.0}, "slope must be a number >= 0. Received: -1.0"),
+        ({"slope": math.nan}, "slope must be a number >= 0. Received: nan"),
         ({"bias": tf.zeros(3)}, r"bias must have one entry .* \(3,\)"),
     ],
 )
@@ -289,8 +289,8 @@ def test_its_gradient_refuses_what_does_not_fit(jit_compile):
 
 # Layers: whatever the path, the same numbers.
 
-LBE = {"lbe_alpha": 0.8, "lbe_alpha_min": 0.2, "lbe_beta": 1.0}
-UPPER = {name.replace("lbe", "LBE"): value for name, value in LBE.items()}
+LOWER = {"lbe_alpha": 0.8, "lbe_alpha_min": 0.2, "lbe_beta": 1.0}
+UPPER = {name.replace("lbe", "LBE"): value for name, value in LOWER.items()}
 
 
 def swish(z):
@@ -301,7 +301,7 @@ def dense(ours, activation):
     if ours:
         return Dense_LBE(6, activation=activation, **UPPER)
     return keras.layers.Dense(
-        6, activation=activation, activity_regularizer=LBERegularizer(**LBE)
+        6, activation=activation, activity_regularizer=LBERegularizer(**LOWER)
     )
 
 
@@ -309,12 +309,12 @@ def conv(ours, activation):
     if ours:
         return Conv2D_LBE(4, 3, activation=activation, **UPPER)
     return keras.layers.Conv2D(
-        4, 3, activation=activation, activity_regularizer=LBERegularizer(**LBE)
+        4, 3, activation=activation, activity_regularizer=LBERegularizer(**LOWER)
     )
 
 
 def other(layer):
-    return [with_lbe(layer, **LBE), keras.layers.Flatten()]
+    return [with_lbe(layer, **LOWER), keras.layers.Flatten()]
 
 
 NETS = {
@@ -353,7 +353,7 @@ def trained(net, ours=True, plain=False, dtype="float32", jit=False, change=None
         for layer in layers(ours):
             x = layer(x)
         outputs = keras.layers.Dense(3, dtype="float32")(x)
-        model = LBEModel(inputs, outputs, LBE_strength=0.7)
+        model = LBEModel(inputs, outputs, LBE_strength=0.7, fuse=not plain)
     finally:
         keras.config.set_dtype_policy(before)
     if change:
@@ -366,21 +366,14 @@ def trained(net, ours=True, plain=False, dtype="float32", jit=False, change=None
     rng = np.random.default_rng(0)
     x = rng.normal(size=(40, *shape)).astype("float32")
     y = rng.integers(0, 3, 40)
-    with without_epilogues(plain):
-        history = model.fit(x, y, batch_size=16, epochs=2, verbose=0, shuffle=False)
-        logs = model.evaluate(x, y, batch_size=16, verbose=0, return_dict=True)
+    history = model.fit(x, y, batch_size=16, epochs=2, verbose=0, shuffle=False)
+    logs = model.evaluate(x, y, batch_size=16, verbose=0, return_dict=True)
     return (
         {**history.history, **logs},
         model.get_weights(),
         model.predict(x, verbose=0),
         [w.path.rsplit("/", 1)[1] for w in model.weights],
     )
-
-
-def without_epilogues(really=True):
-    if not really:
-        return contextlib.nullcontext()
-    return mock.patch("lbe_ops.epilogue.install", lambda model: None)
 
 
 def assert_same_training(one, other, tolerance):
@@ -422,12 +415,12 @@ def test_a_second_regularizer_makes_an_entropy_of_its_own():
     require_native()
     inputs = keras.Input((5,))
     x = Dense_LBE(6, activation="relu", **UPPER)(inputs)
-    second = LBERegularizer(**LBE, scale=3.0, offset=0.5)
+    second = LBERegularizer(**LOWER, scale=3.0, offset=0.5)
     x = keras.layers.Activation("linear", activity_regularizer=second)(x)
     model = LBEModel(inputs, x)
     data = tf.constant(np.random.default_rng(0).normal(size=(16, 5)), tf.float32)
     y = model(data, training=True)
-    first_entry, second_entry = y._lbe_record.entries
+    first_entry, second_entry = y._lbe_recording.entries
     exact = tf.cast(y, tf.float64).numpy()
     assert float(first_entry.entropy) == pytest.approx(oracle.batch_entropy(exact))
     assert float(second_entry.entropy) == pytest.approx(
@@ -442,7 +435,7 @@ def test_a_layer_called_twice_in_a_row_reports_twice():
     model = LBEModel(inputs, layer(layer(inputs)))
     data = tf.constant(np.random.default_rng(0).normal(size=(16, 5)), tf.float32)
     y = model(data, training=True)
-    entropies = [float(entry.entropy) for entry in y._lbe_record.entries]
+    entropies = [float(entry.entropy) for entry in y._lbe_recording.entries]
     once = layer(data)
     for entropy, outputs in zip(entropies, (once, layer(once)), strict=True):
         exact = tf.cast(outputs, tf.float64).numpy()
@@ -467,15 +460,15 @@ def test_activity_regularizers_stay_those_of_their_layers():
     with mock.patch.object(LBERegularizer, "__call__") as called:
         y = model(tf.ones((4, 5)), training=True)
     assert not called.called
-    assert [entry.regularizer for entry in y._lbe_record.entries] == regularizers
-    assert not model.losses
+    assert [entry.regularizer for entry in y._lbe_recording.entries] == regularizers
+    assert len(model.losses) == 1  # of the whole model, for loops without compute_loss
     assert seen[-1] == regularizers
     for layer, regularizer in zip((first, last), regularizers, strict=True):
         assert layer.activity_regularizer is regularizer
         assert layer.get_config()["activity_regularizer"] is not None
     last.activity_regularizer = None
     y = model(tf.ones((4, 5)), training=True)
-    assert [entry.regularizer for entry in y._lbe_record.entries] == regularizers[:1]
+    assert [entry.regularizer for entry in y._lbe_recording.entries] == regularizers[:1]
 
 
 def test_lora():
@@ -492,9 +485,9 @@ def test_lora():
     assert_same_training(fused, plain, 2e-5)
 
 
-def op_types(layer, shape=(5,), training=True):
+def op_types(layer, shape=(5,), training=True, **arguments):
     inputs = keras.Input(shape)
-    model = LBEModel(inputs, layer(inputs))
+    model = LBEModel(inputs, layer(inputs), **arguments)
     function = tf.function(lambda x: model(x, training=training))
     graph = function.get_concrete_function(tf.zeros((4, *shape))).graph
     return {op.type for op in graph.get_operations()}
@@ -515,10 +508,6 @@ def test_where_the_epilogue_is(ours):
 
 
 def test_where_the_tap_is():
-    class Twice(keras.layers.Dense):
-        def call(self, inputs):
-            return 2 * super().call(inputs)
-
     class Unhashable:
         __hash__ = None
 
@@ -531,13 +520,30 @@ def test_where_the_tap_is():
         Dense_LBE(6, activation=swish),
         Dense_LBE(6, activation=Unhashable()),
         Conv2D_LBE(4, 3, data_format="channels_first"),
-        with_lbe(Twice(6)),
-        with_lbe(keras.layers.LayerNormalization()),
+        lambda x: LBE()(keras.layers.LayerNormalization()(x)),
     ):
         types = op_types(layer, shape)
         assert "LBE>Epilogue" in types
         assert "LBE>BatchEntropy" not in types
         assert types & {"BiasAdd", "AddV2", "Mul"}  # by the layer itself
+
+
+def test_which_layers_are_never_touched():
+    """Theirs is a pass of its own: `fuse_layers` serves two classes, and can be off."""
+
+    class Twice(keras.layers.Dense):
+        def call(self, inputs):
+            return 2 * super().call(inputs)
+
+    require_native()
+    for layer, arguments in (
+        (with_lbe(Twice(6)), {}),
+        (with_lbe(keras.layers.LayerNormalization()), {}),
+        (dense(False, "relu"), {"fuse": False}),
+    ):
+        types = op_types(layer, (3, 8, 8), **arguments)
+        assert "call" not in vars(layer)
+        assert "LBE>BatchEntropy" in types and "LBE>Epilogue" not in types
 
 
 def test_a_call_that_somebody_else_replaced_is_left_alone():
@@ -567,7 +573,7 @@ def test_copies_of_a_layer_have_an_epilogue_of_their_own():
         inputs = keras.Input((5,))
         model = LBEModel(inputs, clone(inputs))
         y = model(tf.ones((4, 5)), training=True)
-        (entry,) = y._lbe_record.entries
+        (entry,) = y._lbe_recording.entries
         assert entry.regularizer is clone.activity_regularizer
         products = tf.matmul(tf.ones((4, 5)), clone.kernel.value)
         expected = tf.nn.relu(products + clone.bias.value)
@@ -587,10 +593,15 @@ def test_losses_find_the_logits(activation, loss):
     for plain in (False, True):
         keras.utils.set_random_seed(1)
         inputs = keras.Input((5,))
-        model = LBEModel(inputs, Dense_LBE(3, activation=activation, **UPPER)(inputs))
+        if plain:
+            layer = keras.layers.Dense(
+                3, activation=activation, activity_regularizer=LBERegularizer(**LOWER)
+            )
+        else:
+            layer = Dense_LBE(3, activation=activation, **UPPER)
+        model = LBEModel(inputs, layer(inputs), fuse=False)
         model.compile(keras.optimizers.SGD(0.1), loss)
-        with without_epilogues(plain):
-            logs = model.train_on_batch(x, y, return_dict=True)
+        logs = model.train_on_batch(x, y, return_dict=True)
         results.append([logs["loss"], *model.get_weights()])
     assert results[0][0] > 20  # clipped probabilities would give 16 at most
     for fused, plain in zip(*results, strict=True):
@@ -619,4 +630,4 @@ def test_masks_stay():
     x = tf.constant(np.random.default_rng(0).normal(size=(4, 2, 3)), tf.float32)
     y = Net()(x, training=True)
     np.testing.assert_array_equal(y, x)
-    assert len(y._lbe_record.entries) == 1
+    assert len(y._lbe_recording.entries) == 1

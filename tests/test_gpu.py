@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import require_op_on_gpu, require_xla, tensor
+from helpers import require_op_on_gpu, require_xla, tensor
 
 import lbe_ops
 from lbe_ops import reference

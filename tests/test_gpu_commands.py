@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import EMULATION, ROOT, import_numpy_module
+from helpers import EMULATION, ROOT, import_numpy_module
 
 from lbe_ops import native
 

@@ -3,10 +3,13 @@
 
 import keras
 import numpy as np
+import oracle
 import pytest
-from conftest import samples
+import tensorflow as tf
+from helpers import samples
 
 from lbe_ops import (
+    LBE,
     Conv2D_LBE,
     Dense_LBE,
     LBEModel,
@@ -14,6 +17,10 @@ from lbe_ops import (
     add_lbe,
     with_lbe,
 )
+from lbe_ops.keras_internals import flatten_layers
+
+# Keras reads a variable into NumPy 2 in a way that NumPy deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +106,7 @@ def test_every_output_of_a_layer_counts_as_a_layer():
     layer = with_lbe(Twice(), lbe_alpha=1.0)
     x = samples(8, 5)
     layer(x)
-    one, two = (float(layer.activity_regularizer(y)) for y in (x, 2 * x))
+    one, two = (float(layer.activity_regularizer.loss(y)) for y in (x, 2 * x))
     assert [float(loss) for loss in layer.losses] == pytest.approx([one, two])
 
 
@@ -160,7 +167,7 @@ def test_add_lbe_to_chosen_layers(selection, expected):
     assert model.LBE_strength == 0.5
     found = {
         layer.name
-        for layer in model._flatten_layers()
+        for layer in flatten_layers(model)
         if isinstance(layer.activity_regularizer, LBERegularizer)
     }
     assert found == expected
@@ -214,7 +221,7 @@ def test_add_lbe_changes_nothing_when_it_fails(arguments):
     model = network()
     with pytest.raises((ValueError, TypeError)):
         add_lbe(model, **arguments)
-    assert all(layer.activity_regularizer is None for layer in model._flatten_layers())
+    assert all(layer.activity_regularizer is None for layer in flatten_layers(model))
 
 
 def test_add_lbe_keeps_the_lbe_that_a_layer_has():
@@ -233,3 +240,127 @@ def test_add_lbe_says_what_it_cannot_do():
         add_lbe(network(), keras.layers.LSTM)
     with pytest.raises(TypeError, match="Functional"):
         add_lbe(keras.Sequential([keras.layers.Dense(2)]))
+
+
+SEQUENCE = (6, 8)
+# Every layer class of Keras that takes a sequence; those with arguments need them.
+MAKERS = {
+    "Activation": lambda: keras.layers.Activation("tanh"),
+    "AlphaDropout": lambda: keras.layers.AlphaDropout(0.1),
+    "AveragePooling1D": lambda: keras.layers.AveragePooling1D(2),
+    "BatchNormalization": keras.layers.BatchNormalization,
+    "Bidirectional": lambda: keras.layers.Bidirectional(keras.layers.LSTM(4)),
+    "Conv1D": lambda: keras.layers.Conv1D(4, 3),
+    "Conv1DTranspose": lambda: keras.layers.Conv1DTranspose(4, 3),
+    "Cropping1D": keras.layers.Cropping1D,
+    "Dense": lambda: keras.layers.Dense(4),
+    "DepthwiseConv1D": lambda: keras.layers.DepthwiseConv1D(3),
+    "Dropout": lambda: keras.layers.Dropout(0.1),
+    "ELU": keras.layers.ELU,
+    "EinsumDense": lambda: keras.layers.EinsumDense("abc,cd->abd", (6, 4)),
+    "Flatten": keras.layers.Flatten,
+    "GRU": lambda: keras.layers.GRU(4),
+    "GaussianDropout": lambda: keras.layers.GaussianDropout(0.1),
+    "GaussianNoise": lambda: keras.layers.GaussianNoise(0.1),
+    "GlobalAveragePooling1D": keras.layers.GlobalAveragePooling1D,
+    "GlobalMaxPooling1D": keras.layers.GlobalMaxPooling1D,
+    "GroupNormalization": lambda: keras.layers.GroupNormalization(4),
+    "GroupQueryAttention": lambda: keras.layers.GroupQueryAttention(4, 2, 1),
+    "LSTM": lambda: keras.layers.LSTM(4, return_sequences=True),
+    "LayerNormalization": keras.layers.LayerNormalization,
+    "LeakyReLU": keras.layers.LeakyReLU,
+    "Masking": keras.layers.Masking,
+    "MaxPooling1D": keras.layers.MaxPooling1D,
+    "MultiHeadAttention": lambda: keras.layers.MultiHeadAttention(2, 4),
+    "Normalization": lambda: keras.layers.Normalization(mean=0.0, variance=1.0),
+    "PReLU": keras.layers.PReLU,
+    "Permute": lambda: keras.layers.Permute((2, 1)),
+    "RNN": lambda: keras.layers.RNN(keras.layers.LSTMCell(4)),
+    "ReLU": keras.layers.ReLU,
+    "Rescaling": lambda: keras.layers.Rescaling(0.5),
+    "Reshape": lambda: keras.layers.Reshape((8, 6)),
+    "SeparableConv1D": lambda: keras.layers.SeparableConv1D(4, 3),
+    "SimpleRNN": lambda: keras.layers.SimpleRNN(4),
+    "Softmax": keras.layers.Softmax,
+    "SpatialDropout1D": lambda: keras.layers.SpatialDropout1D(0.1),
+    "SpectralNormalization": lambda: keras.layers.SpectralNormalization(
+        keras.layers.Dense(4)
+    ),
+    "TimeDistributed": lambda: keras.layers.TimeDistributed(keras.layers.Dense(4)),
+    "UnitNormalization": keras.layers.UnitNormalization,
+    "UpSampling1D": keras.layers.UpSampling1D,
+    "ZeroPadding1D": keras.layers.ZeroPadding1D,
+}
+ATTENTION = ("MultiHeadAttention", "GroupQueryAttention")
+REFUSED = {"MultiHeadAttention", "SimpleRNN", "SpatialDropout1D"}
+
+
+@pytest.mark.filterwarnings("ignore:Layer 'flatten.*was passed an input with a mask")
+@pytest.mark.parametrize("behind", [False, True], ids=["with_lbe", "LBE"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_lbe_on_every_layer_class_survives_every_format(name, behind, tmp_path):
+    """Or it is refused when it is put on; `LBE` behind it always works."""
+
+    def make(layer):
+        inputs = keras.Input(SEQUENCE)
+        x = layer(inputs, inputs) if name in ATTENTION else layer(inputs)
+        if behind:
+            x = LBE(lbe_alpha=0.75)(x)
+        return LBEModel(inputs, keras.layers.Dense(2)(keras.layers.Flatten()(x)))
+
+    layer = MAKERS[name]()
+    if not behind:
+        try:
+            with_lbe(layer, lbe_alpha=0.75)
+        except ValueError as error:
+            assert name in REFUSED, error
+            assert "LBE()(layer(x))" in str(error)
+            assert layer.activity_regularizer is None
+            return
+    model = make(layer)
+    model.compile("sgd", "mse")
+    x, y = samples(8, *SEQUENCE), samples(8, 2)
+    assert model.train_on_batch(x, y, return_dict=True)["max_lbe"] > 0
+    (regularizer,) = model.lbe_regularizers
+    regularizer.lbe_alpha.assign(0.875)
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    path = tf.train.Checkpoint(model).write(str(tmp_path / "checkpoint"))
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    found = [loaded, *(LBEModel.from_config(model.get_config()) for _ in range(2))]
+    for each in found[1:]:
+        each.lbe_regularizers[0].lbe_alpha.assign(0.5)
+        each.compile("sgd", "mse")
+        each.optimizer.build(each.trainable_variables)
+    found[1].load_weights(tmp_path / "model.weights.h5")
+    tf.train.Checkpoint(found[2]).read(path).expect_partial()
+    for each in found:
+        assert [float(r.lbe_alpha) for r in each.lbe_regularizers] == [0.875]
+        np.testing.assert_allclose(each(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_lbe_behind_a_layer_passes_everything_on():
+    inputs = keras.Input((7,))
+    h = keras.layers.Embedding(10, 4, mask_zero=True)(inputs)
+    tapped = LBE(lbe_alpha=1.0, name="behind")(h)
+    assert tapped.shape == h.shape and tapped.dtype == h.dtype
+    model = LBEModel(inputs, keras.layers.LSTM(4)(tapped))
+    plain = keras.Model(inputs, model.layers[-1](h))
+    x = np.arange(56).reshape(8, 7) % 10
+    np.testing.assert_array_equal(model(x), plain(x))  # with the same mask
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        z = tf.cast(samples(8, 3), dtype)
+        for arguments in ({}, {"training": True}):
+            y = LBE()(z, **arguments)
+            assert y.dtype == z.dtype
+            np.testing.assert_array_equal(y, z)
+    pair = (samples(8, 3), samples(8, 2))
+    one, two = keras.Input((3,)), keras.Input((2,))
+    expected = [oracle.batch_entropy(x) for x in pair]
+    for arguments in ({}, {"activity_regularizer": "l2"}):
+        both = LBEModel([one, two], LBE(**arguments)([one, two]))
+        both.compile("sgd", ["mse", "mse"])
+        y = both(list(pair), training=True)
+        np.testing.assert_array_equal(y[1], pair[1])
+        entropies = [float(entry.entropy) for entry in y[0]._lbe_recording.entries]
+        assert entropies == pytest.approx(expected, rel=1e-5)

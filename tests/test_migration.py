@@ -65,7 +65,7 @@ def test_regularizers_in_a_subclassed_model():
     x, y = data(16, 8, 8)
     assert_trains(model, x, y)
     assert len(model.lbe_regularizers) == 10
-    assert len(model.weights) == 10 * 3 + 2
+    assert len(model.weights) == 10 * 2 + 2 + 1
 
 
 def test_the_same_in_a_plain_subclassed_model():

@@ -15,9 +15,9 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from conftest import require_xla, samples
+from helpers import require_xla, run_script, samples
 
-from lbe_ops import Dense_LBE, LBEModel, LBERegularizer, native
+from lbe_ops import LBE, Dense_LBE, LBEModel, LBERegularizer, native, with_lbe
 
 # Keras reads a variable into NumPy 2 in a way that NumPy deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning")
@@ -66,7 +66,7 @@ def expected_logs(model, layers, x=X, y=Y, strength=1.5):
     activations = x
     for layer in layers:
         activations = layer(activations).numpy()
-        lbe.append(oracle.lbe(activations, float(layer.activity_regularizer.alpha)))
+        lbe.append(oracle.lbe(activations, float(layer.activity_regularizer.target)))
     y_pred = model.predict(x, verbose=0).astype(np.float64)
     ce = np.mean((y_pred - y) ** 2)
     return {
@@ -329,7 +329,7 @@ def test_an_input_that_is_an_output_carries_no_record():
     model.compile("sgd", ["mse", "mse"])
     x = tf.constant(X)
     outputs = model(x, training=True)
-    assert not hasattr(x, "_lbe_record")
+    assert not hasattr(x, "_lbe_recording")
     assert float(model.compute_loss(x, [x, tf.zeros((12, 4))], outputs)) > 0
     with pytest.raises(ValueError, match="y_pred as the model returned it"):
         model.compute_loss(x, [x, x], [x, x])
@@ -382,7 +382,7 @@ def test_lbe_in_a_loop_inside_the_forward_pass_is_an_error():
     inputs = keras.Input((3, 5))
     model = LBEModel(inputs, Mapped()(inputs))
     model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match=r"'.*dense_lbe.*'.*with_lbe"):
+    with pytest.raises(ValueError, match=r"'.*dense_lbe.*'.*LBE\(\)\(outer"):
         model.train_on_batch(samples(4, 3, 5), samples(4, 3, 4))
 
 
@@ -402,7 +402,9 @@ def test_lbe_in_a_function_traced_before_is_an_error():
 
     model = Inner()
     model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="No LBE layer reported.*traced before"):
+    with pytest.raises(
+        ValueError, match=r"'.*dense_lbe.*' is called inside.*tf.function"
+    ):
         model.fit(X, Y, verbose=0)
 
 
@@ -418,22 +420,40 @@ def test_a_training_step_that_forgets_to_say_so_is_an_error():
         model.fit(X, Y, verbose=0)
 
 
-def test_layers_that_keras_does_not_call_are_an_error_if_there_are_no_others():
-    def model(*first):
+def test_a_wrapper_that_takes_only_the_call_of_its_layer():
+    """A layer that ends with the epilogue reports; others must be called by Keras."""
+
+    def wrapped(layer, model):
         inputs = keras.Input((3, 5))
-        x = inputs
-        for layer in first:
-            x = layer(x)
-        model = LBEModel(inputs, keras.layers.TimeDistributed(Dense_LBE(4))(x))
+        model = model(inputs, keras.layers.TimeDistributed(layer)(inputs))
+        model.compile(keras.optimizers.SGD(0.0), "mse")
+        return model
+
+    x, y = samples(8, 3, 5), samples(8, 3, 4, seed=1)
+    (layer,) = hidden_layers(1)
+    logs = wrapped(layer, LBEModel).train_on_batch(x, y, return_dict=True)
+    steps = np.moveaxis(layer(x), 1, 0)
+    expected = np.mean([oracle.lbe(step) for step in steps])
+    assert logs["lbe"] / logs["ce"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match=r"not called.*LBE\(\)\(wrapper"):
+        wrapped(Dense_LBE(4), keras.Model).train_on_batch(x, y)
+    x, y = samples(8, 3, 2, 5), samples(8, 3, 2, 4, seed=1)
+
+    def convolutions(*first):
+        inputs = keras.Input((3, 2, 5))
+        h = inputs
+        for each in first:
+            h = each(h)
+        wrapped = with_lbe(keras.layers.Conv1D(4, 1))
+        model = LBEModel(inputs, keras.layers.TimeDistributed(wrapped)(h))
         model.compile("sgd", "mse")
         return model
 
-    data = samples(8, 3, 5), samples(8, 3, 4, seed=1)
-    with pytest.raises(ValueError, match=r"TimeDistributed.*with_lbe\(wrapper\)"):
-        model().train_on_batch(*data)
-    some = model(Dense_LBE(4))
-    with pytest.warns(UserWarning, match="Gradients do not exist.*lbe_alpha"):
-        logs = some.train_on_batch(*data, return_dict=True)
+    with pytest.raises(ValueError, match=r"TimeDistributed.*LBE\(\)\(wrapper"):
+        convolutions().train_on_batch(x, y)
+    some = convolutions(Dense_LBE(5))
+    with pytest.warns(UserWarning, match="Gradients do not exist.*conv1d"):
+        logs = some.train_on_batch(x, y, return_dict=True)
     assert logs["lbe"] > 0
 
 
@@ -660,36 +680,203 @@ def run(code, *arguments, folder):
     )
 
 
-SERVE = """
-import sys
-sys.modules["lbe_ops"] = None  # an import of it fails
-import numpy as np, tensorflow as tf
-x = tf.constant(np.load("x.npy"))
-for folder in sys.argv[1:]:
-    served = tf.saved_model.load(folder)
-    (y,) = served.signatures["serving_default"](x).values()
-    np.save(folder + ".npy", y)
+def test_names_that_collide_with_ours_are_errors():
+    for name in ("ce", "lbe", "max_lbe"):
+        with pytest.raises(ValueError, match=f"another name.*named '{name}'"):
+            build(hidden_layers()).compile(
+                "sgd", "mse", metrics=[keras.metrics.MeanSquaredError(name=name)]
+            )
+    with pytest.raises(ValueError, match="crossentropy"):
+        build(hidden_layers()).compile("sgd", "mse", weighted_metrics={"a": ["ce"]})
+
+    class Attribute(LBEModel):
+        def __init__(self):
+            super().__init__()
+            self.lbe_loss = keras.metrics.Mean()
+
+    class Method(LBEModel):
+        def lbe_net(self):
+            pass
+
+    for model in (Attribute, Method):
+        with pytest.raises(AttributeError, match="give yours another name"):
+            model()
+
+
+def test_a_metric_that_is_a_function_with_a_name_of_ours():
+    def lbe(y, y_pred):
+        return keras.ops.mean(y_pred)
+
+    with pytest.raises(ValueError, match="another name.*'lbe'"):
+        build(hidden_layers()).compile("sgd", "mse", metrics=[lbe])
+
+
+def test_a_functional_subclass_with_a_constructor_of_its_own(tmp_path):
+    @keras.saving.register_keras_serializable("test_model")
+    class Tracking(LBEModel):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.tracker = keras.metrics.Mean(name="mine")
+
+    base = build(hidden_layers())
+    model = Tracking(base.inputs, base.outputs, LBE_strength=0.5)
+    model.compile("sgd", "mse")
+    assert "mine" in model.fit(X, Y, verbose=0).history
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded) is Tracking and loaded.LBE_strength == 0.5
+    np.testing.assert_array_equal(loaded(X), model(X))
+    assert len(loaded.lbe_regularizers) == 2
+
+
+def test_a_second_call_in_a_branch_keeps_the_first():
+    model = build(hidden_layers())
+    model.compile("sgd", "mse")
+
+    @tf.function(autograph=False)
+    def step(x, flag):
+        y_pred = model(x, training=True)
+        tf.cond(flag, lambda: model(x), lambda: 2 * model(x))
+        return model.compute_loss(x, Y, y_pred)
+
+    expected = float(model.compute_loss(X, Y, model(X, training=True)))
+    loss = step(tf.constant(X), tf.constant(True))
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+def test_compute_loss_before_compile_says_what_to_do():
+    model = build(hidden_layers())
+    with pytest.raises(ValueError, match="Provide a `loss`"):
+        model.compute_loss(X, Y, model(X, training=True))
+
+
+def test_an_alpha_is_printed_in_a_function_that_is_traced():
+    model = build(hidden_layers())
+    texts = []
+
+    @tf.function(autograph=False)
+    def step():
+        texts.append(repr(model.lbe_regularizers[1].lbe_alpha))
+
+    step()
+    assert texts == [f"<Alpha {model.name}_lbe_loss/lbe_alpha[1]=0.75>"]
+
+
+def test_names_of_a_users_own():
+    class Users(LBEModel):
+        def __init__(self):
+            super().__init__()
+            self.net = keras.Sequential(hidden_layers())
+            self.lbe = LBE()
+            self.ce = keras.metrics.Mean(name="mine")
+            self.alphas = self.fuse = self.regularizers = None
+            self.outputs = [keras.layers.Dense(2)]
+            self.input_shape = (5,)
+
+        def call(self, x):
+            return self.outputs[0](self.lbe(self.net(x)))
+
+    model = Users()
+    model.compile("sgd", "mse")
+    logs = model.fit(X, Y, verbose=0).history
+    assert set(logs) == {"loss", "ce", "lbe", "max_lbe", "mine"}
+
+
+def test_a_training_step_as_in_the_guide_of_keras():
+    class Guide(LBEModel):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                y_pred = self(x, training=True)
+                loss = self.compute_loss(x=x, y=y, y_pred=y_pred)
+            variables = self.trainable_variables
+            self.optimizer.apply(tape.gradient(loss, variables), variables)
+            for metric in self.metrics:
+                if metric.name == "loss":
+                    metric.update_state(loss)
+                else:
+                    metric.update_state(y, y_pred)
+            return {m.name: m.result() for m in self.metrics}
+
+    layers = hidden_layers()
+    base = build(layers)
+    model = Guide(base.input, base.output)
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    logs = model.fit(X, Y, batch_size=12, verbose=0).history
+    logs = {name: values[0] for name, values in logs.items()}
+    assert_logs(logs, expected_logs(model, layers))
+
+
+def test_a_base_that_is_called_for_inference():
+    """As for transfer: its layers count in `fit`, and in a loop of one's own."""
+
+    class Transfer(LBEModel):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+            (self.head,) = hidden_layers(1)
+            self.out = keras.layers.Dense(2)
+
+        def call(self, x):
+            return self.out(self.head(self.base(x, training=False)))
+
+    inputs = keras.Input((5,))
+    (layer,) = hidden_layers(1)
+    base = keras.Model(inputs, layer(inputs))
+    base.trainable = False
+    model = Transfer(base)
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    logs = model.train_on_batch(X, Y, return_dict=True)
+    assert_logs(logs, expected_logs(model, [layer, model.head]))
+    loss = model.compute_loss(X, Y, model(tf.constant(X), training=True))
+    assert float(loss) == pytest.approx(logs["loss"], rel=1e-6)
+    model.compile(keras.optimizers.SGD(0.2), "mse")
+    before = [w.numpy() for w in layer.weights] + [layer.activity_regularizer.target]
+    model.fit(X, Y, epochs=3, verbose=0)
+    after = [w.numpy() for w in layer.weights] + [layer.activity_regularizer.target]
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert float(model.head.activity_regularizer.lbe_alpha) != 0.75
+
+
+def test_a_functional_model_to_its_user():
+    layers = hidden_layers()
+    model = build(layers)
+    assert type(model) is LBEModel
+    assert model.layers[1:3] == layers and len(model.layers) == 4
+    assert model.get_layer(layers[0].name) is layers[0]
+    assert model.get_layer(index=2) is layers[1]
+    assert model.input_shape == (None, 5) and model.output_shape == (None, 2)
+    assert model.input is model.inputs[0] and model.output is model.outputs[0]
+    features = keras.Model(model.input, model.layers[2].output)
+    h = layers[1](layers[0](X))
+    np.testing.assert_allclose(features.predict(X, verbose=0), h, rtol=1e-5)
+    copy = keras.models.clone_model(model)
+    assert isinstance(copy, LBEModel) and copy.LBE_strength == model.LBE_strength
+    copy.set_weights(model.get_weights())
+    np.testing.assert_array_equal(copy(X), model(X))
+    with pytest.raises(AttributeError, match="not made of inputs and outputs"):
+        Subclassed().input  # noqa: B018
+
+
+REIMPORT = """
+import importlib, json, sys
+import keras, numpy as np
+import lbe_ops
+importlib.reload(lbe_ops)
+for name in [name for name in sys.modules if name.startswith("lbe_ops")]:
+    del sys.modules[name]
+import lbe_ops
+inputs = keras.Input((5,))
+model = lbe_ops.LBEModel(inputs, lbe_ops.Dense_LBE(2, activation="relu")(inputs))
+model.compile("sgd", "mse")
+logs = model.fit(np.eye(5), np.ones((5, 2)), verbose=0).history
+model.save(sys.argv[1])
+loaded = keras.models.load_model(sys.argv[1])
+print(json.dumps([logs["lbe"][0], isinstance(loaded, lbe_ops.LBEModel)]))
 """
 
 
-def test_exported_models_are_served_without_this_package(tmp_path):
-    models = {
-        "lbe": build(hidden_layers()),
-        "subclassed": Subclassed(),
-        "plain": build(hidden_layers(), model=keras.Model),
-    }
-    # The graph of this one reads scalars that have moved into the vector of "lbe".
-    models["original"] = keras.Model(models["lbe"].input, models["lbe"].output)
-    folders = {}
-    for name, model in models.items():
-        model.compile("adam", "mse")
-        model.fit(X, Y, validation_data=(X, Y), verbose=0)
-        folders[f"{name}_exported"] = folders[f"{name}_saved"] = model(X).numpy()
-        model.export(tmp_path / f"{name}_exported", verbose=False)
-        tf.saved_model.save(model, str(tmp_path / f"{name}_saved"))
-    np.save(tmp_path / "x.npy", X)
-    run(SERVE, *folders, folder=tmp_path)
-    for folder, expected in folders.items():
-        assert b"LBE>" not in (tmp_path / folder / "saved_model.pb").read_bytes()
-        served = np.load(tmp_path / f"{folder}.npy")
-        np.testing.assert_allclose(served, expected, rtol=1e-5, atol=1e-6)
+def test_the_package_is_imported_anew_in_a_notebook(tmp_path):
+    lbe, same = run_script(REIMPORT, tmp_path / "model.keras")
+    assert lbe > 0 and same

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import import_numpy_module, require_native
+from helpers import import_numpy_module, require_native
 
 import lbe_ops
 from lbe_ops import native

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import oracle
 import pytest
-from conftest import TOLERANCES, import_numpy_module
+from helpers import TOLERANCES, import_numpy_module
 
 lbe_ops_numpy = import_numpy_module()
 

@@ -11,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from conftest import (
+from helpers import (
     DTYPES,
     TOLERANCES,
     assert_grad,

@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from conftest import (
+from helpers import (
     TOLERANCES,
     assert_grad,
     assert_statistics,

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every private name of Keras and TensorFlow that this package uses, and why.
+
+No other file may use one; `tests/test_keras_internals.py` looks for them. Each function
+says what the name buys, and what happens with a Keras or TensorFlow that lacks it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def flatten_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Every layer inside of `layer`, whatever their nesting, without `layer`; in order.
+
+    `Layer._flatten_layers`: there is no public way into a layer that is no model.
+    Without it, layers inside of such layers are not found: they count as untracked.
+    """
+    found: dict[int, keras.layers.Layer] = {}
+
+    def visit(layer: keras.layers.Layer) -> None:
+        if hasattr(layer, "_flatten_layers"):
+            inside = layer._flatten_layers(include_self=False, recursive=False)
+        else:
+            inside = getattr(layer, "layers", [])
+        for each in inside:
+            if id(each) not in found:
+                found[id(each)] = each
+                visit(each)
+
+    visit(layer)
+    return list(found.values())
+
+
+def described_by_constructor(get_config: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a `get_config` that keeps Keras' own description of a constructor.
+
+    `Layer.get_config` describes a subclass by the arguments that it was made with,
+    unless a class in between has a `get_config` without the mark `_is_default`.
+    Without the mark, subclasses that take arguments need a `get_config` of their own.
+    """
+    get_config._is_default = True
+    return get_config
+
+
+def exclude_from_weight_decay(optimizer: Any, name: str) -> None:
+    """Adds a name to what the weight decay of an optimizer leaves alone already.
+
+    The public `exclude_from_weight_decay` replaces what was excluded before, and is not
+    for optimizers that are built. What they exclude stands in
+    `_exclude_from_weight_decay`, `_exclude_from_weight_decay_pattern` and a cache of
+    both, `_exclude_from_weight_decay_cache`. Without these names, what the user has
+    excluded before `compile` is replaced, and an optimizer that is built decays alphas.
+    """
+    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+    if pattern is not None and pattern.search(name):
+        return
+    names = [name, *([] if pattern is None else [pattern.pattern])]
+    if not optimizer.built:
+        variables = getattr(optimizer, "_exclude_from_weight_decay", set())
+        optimizer.exclude_from_weight_decay(var_names=names)
+        optimizer._exclude_from_weight_decay = variables
+    else:
+        optimizer._exclude_from_weight_decay_pattern = re.compile("|".join(names))
+        optimizer._exclude_from_weight_decay_cache = {}
+
+
+def in_scratch_graph() -> bool:
+    """Whether Keras only infers shapes here, in a graph that it throws away.
+
+    It names such a graph `scratch_graph`. Where it does not, alphas that are read in
+    one stay weights of their layers, which makes training slower.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None:
+        if str(getattr(graph, "name", "")).startswith("scratch_graph"):
+            return True
+        graph = getattr(graph, "outer_graph", None)
+    return False
+
+
+def compiled_by_xla() -> bool:
+    """Whether the function that is being traced will be compiled by XLA.
+
+    `control_flow_util.GraphOrParentsInXlaContext` finds that out before the op, which
+    XLA cannot compile where `libxla_ops.so` is missing, is in the graph. Without it,
+    such a function fails when it runs, and says that there is no kernel for the op.
+    """
+    module = _module("tensorflow.python.ops.control_flow_util")
+    if module is None or tf.executing_eagerly():
+        return False
+    return module.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+def gradients_are_recorded() -> bool:
+    """Whether a gradient tape watches what runs now; True where nobody knows.
+
+    `record.could_possibly_record` is False without a tape, and inside of blocks that
+    run again in the backward pass. Without it, LBE inside of such a block has no
+    gradient, and nobody says so.
+    """
+    record = _module("tensorflow.python.eager.record")
+    return record is None or record.could_possibly_record()
+
+
+def call_with_gradient(
+    call: Callable[[], Any],
+    inputs: list[tf.Tensor],
+    differentiable: tuple[str, ...],
+    gradient: Callable[..., list[tf.Tensor]],
+) -> Any:
+    """The outputs of an op; gradient tapes know those that have a gradient only.
+
+    For every other output of an op that a tape sees itself, TensorFlow makes a
+    gradient of zeros in every step: three more nodes for each of hundreds of layers
+    (500 x 32: 10,188 nodes for 8,688). `tensorflow.python.eager.record` tells the tape
+    what to do instead. Without it, in functions that are differentiated as a whole, and
+    in forward mode (`forwardprop_util`), TensorFlow takes the op and its registered
+    gradient, which are the same but for these zeros.
+
+    Args:
+        call: calls the op, and returns its outputs as a named tuple.
+        inputs: what the gradient is with respect to.
+        differentiable: the names of the outputs that have a gradient.
+        gradient: of (the outputs, the gradients of these), for each of the inputs.
+    """
+    record = _module("tensorflow.python.eager.record")
+    forwardprop = _module("tensorflow.python.eager.forwardprop_util")
+    if record is None or forwardprop is None:
+        return call()
+    if forwardprop.pack_tangents(inputs).tangents:
+        return call()
+    with record.stop_recording():
+        outputs = call()
+    record.record_operation(
+        "LBE",
+        [getattr(outputs, name) for name in differentiable],
+        inputs,
+        functools.partial(gradient, outputs),
+    )
+    return outputs
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None

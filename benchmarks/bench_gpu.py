@@ -35,6 +35,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import formulas
 import numpy as np
 import report
 from machine import describe
@@ -228,13 +229,9 @@ def graph_of(run: Callable[[], None]) -> Callable[[], None]:
 
 
 def torch_formula(problem: Problem, compiled: bool) -> Calls:
-    """The formula of the PyTorch original, as it stands there."""
+    """The formula of the PyTorch original."""
     with_gradient = problem.kind != "forward"
-
-    def entropy(x: torch.Tensor) -> torch.Tensor:
-        x_std = torch.std(x.flatten(1), dim=0)
-        return torch.log(math.pi * math.e * x_std**2 + 1).mul(0.5).mean()
-
+    entropy = formulas.pytorch_original()
     if compiled:
         torch.compiler.reset()
         entropy = torch.compile(entropy, dynamic=False)
@@ -262,16 +259,12 @@ def torch_formula(problem: Problem, compiled: bool) -> Calls:
 def jax_formula(problem: Problem) -> Calls:
     try:
         import jax
-        import jax.numpy as jnp
     except ImportError as error:
         raise UnavailableError(str(error)) from error
     if problem.setting.on_gpu and jax.default_backend() != "gpu":
         raise UnavailableError(f"JAX runs on {jax.default_backend()}")
     with_gradient = problem.kind != "forward"
-
-    def entropy(x: jax.Array) -> jax.Array:
-        variance = jnp.var(x.astype(jnp.float32), axis=0)
-        return 0.5 * jnp.log(math.pi * math.e * variance + 1).mean()
+    entropy = formulas.jax_variance()
 
     def scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         h = entropy(x)

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import formulas
 import lbe_ops_numpy
 import numpy as np
 import report
@@ -141,14 +142,8 @@ def kernel_variant(threads: int) -> Variant:
     return Variant("kernel alone", 0, prepare)
 
 
-def port_entropy(x: tf.Tensor) -> tf.Tensor:
-    """The TensorFlow port's formula, as it stands there."""
-    std = tf.math.reduce_std(tf.reshape(x, [tf.shape(x)[0], -1]), axis=0)
-    return tf.reduce_mean(0.5 * tf.math.log(math.pi * math.e * std**2 + 1))
-
-
 def torch_variant(name: str, compiled: bool, threads: int) -> Variant:
-    """The formula of the PyTorch original, as it stands there."""
+    """The formula of the PyTorch original."""
 
     def prepare(
         array: np.ndarray, gradient: bool
@@ -158,11 +153,7 @@ def torch_variant(name: str, compiled: bool, threads: int) -> Variant:
         except ImportError as error:
             raise UnavailableError(str(error)) from error
         torch.set_num_threads(threads)
-
-        def entropy(x: torch.Tensor) -> torch.Tensor:
-            x_std = torch.std(x.flatten(1), dim=0)
-            return torch.log(math.pi * math.e * x_std**2 + 1).mul(0.5).mean()
-
+        entropy = formulas.pytorch_original()
         if compiled:
             torch.compiler.reset()
             entropy = torch.compile(entropy, dynamic=False)
@@ -200,7 +191,7 @@ def variants(threads: int) -> dict[str, Variant]:
         tensorflow_variant(
             "pure XLA", lambda x: lbe_ops.batch_entropy(x, native=False), xla=True
         ),
-        tensorflow_variant("port formula", port_entropy),
+        tensorflow_variant("port formula", formulas.tensorflow_port()),
         torch_variant("torch eager", compiled=False, threads=threads),
         torch_variant("torch compile", compiled=True, threads=threads),
     ]

@@ -10,6 +10,8 @@ import time
 import traceback
 from multiprocessing.connection import Connection
 
+import formulas
+
 IMAGE = (28, 28, 1)
 CLASSES = 10
 LOOPS = ("graph", "fit", "XLA", "PyTorch")
@@ -207,6 +209,8 @@ def _port_regularizer() -> object:
     import keras
     import tensorflow as tf
 
+    batch_entropy = formulas.tensorflow_port()
+
     class PortRegularizer(keras.layers.Layer):
         def __init__(self) -> None:
             super().__init__()
@@ -223,8 +227,7 @@ def _port_regularizer() -> object:
             )
 
         def call(self, x: tf.Tensor) -> tf.Tensor:
-            std = tf.math.reduce_std(tf.reshape(x, [tf.shape(x)[0], -1]), axis=0)
-            entropy = tf.reduce_mean(0.5 * tf.math.log(math.pi * math.e * std**2 + 1))
+            entropy = batch_entropy(x)
             target = tf.maximum(ALPHA_MIN, tf.abs(self.alpha.value))
             # Keras divides activity losses by the batch size.
             return (entropy - target) ** 2 * tf.cast(tf.shape(x)[0], x.dtype)
@@ -285,14 +288,14 @@ def _torch(
     if variant == "pure LBE":
         parameters += [alpha.requires_grad_() for alpha in alphas]
     optimizer = torch.optim.SGD(parameters, LEARNING_RATE)
+    batch_entropy = formulas.pytorch_original()
     while True:
         optimizer.zero_grad()
         y, lbe = x.flatten(1) if net.kind == "dense" else x, []
         for layer, alpha in zip(hidden, alphas, strict=True):
             y = torch.relu(layer(y))
             if variant == "pure LBE":
-                std = torch.std(y.flatten(1), dim=0)
-                entropy = torch.log(math.pi * math.e * std**2 + 1).mul(0.5).mean()
+                entropy = batch_entropy(y)
                 lbe.append((entropy - alpha.abs().clamp(min=ALPHA_MIN)) ** 2)
         if net.kind == "conv":
             y = y.amax((2, 3))

@@ -11,7 +11,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -84,88 +84,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="remove earlier results of the folder"
     )
 
-    fields = {field.name: field for field in dataclasses.fields(Settings)}
-
-    def add(group: Any, name: str, help: str, **options: Any) -> None:
-        field = fields[name]
-        kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float}
-        if field.type == "bool":
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = kinds.get(field.type, str)
-            if "choices" not in options:
-                options["metavar"] = "S" if options["type"] is str else "X"
-        default = field.default
-        if field.type == "bool":
-            default = "on" if default else "off"
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            default=argparse.SUPPRESS,
-            help=f"{help} (default: {default})",
-            **options,
-        )
-
-    group = parser.add_argument_group("data")
-    add(
-        group,
-        "data",
-        "mnist, digits (offline), fashion_mnist, cifar10, cifar100, or an .npz with "
-        "x_train, y_train, x_test, y_test",
-    )
-    add(
-        group,
-        "scaling",
-        "values in [0, 1] or in [-1, 1]",
-        choices=settings_module.SCALINGS,
-    )
-    group = parser.add_argument_group("network")
-    add(group, "model", "kind of hidden layers", choices=settings_module.MODELS)
-    add(group, "depth", "hidden layers")
-    add(group, "width", "units or filters of each")
-    add(group, "kernel_size", "of convolutions")
-    add(group, "activation", "any of Keras")
-    add(
-        group,
-        "initializer",
-        "of the hidden layers' kernels: looks_linear, or any of Keras",
-    )
-    add(group, "dtype", "dtype policy", choices=settings_module.DTYPES)
-    group = parser.add_argument_group("LBE")
-    add(group, "lbe_alpha", "entropy to aim at, trained from this value")
-    add(group, "lbe_alpha_min", "its lower bound")
-    add(group, "lbe_beta", "factor of each layer's LBE")
-    add(group, "lbe_strength", "factor of the mean LBE; not divided by the batch size")
-    add(group, "lbe_input", "LBE on the (flattened) input as well")
-    add(
-        group,
-        "native",
-        "use of the compiled op",
-        choices=tuple(settings_module.NATIVE_MODES),
-    )
-    group = parser.add_argument_group("optimization")
-    add(group, "optimizer", "", choices=settings_module.OPTIMIZERS)
-    add(group, "learning_rate", "")
-    add(group, "beta_1", "of adam and adamw")
-    add(group, "epsilon", "of adam and adamw")
-    add(group, "momentum", "of sgd")
-    add(group, "weight_decay", "of adamw")
-    add(group, "global_clipnorm", "limit of all gradients' norm together; 0: none")
-    add(group, "clipnorm", "limit of each gradient's norm; 0: none")
-    add(
-        group,
-        "schedule",
-        "learning rate: constant; decay: that for 60 %% of the epochs, then linearly "
-        "to 0; cosine: half a cosine down to 0; both change it between epochs",
-        choices=settings_module.SCHEDULES,
-    )
-    add(group, "reduce_lr", "reduce the learning rate when val_loss stalls")
-    add(group, "reduce_lr_patience", "epochs without progress until then")
-    add(group, "reduce_lr_factor", "factor of the reduction")
-    add(group, "reduce_lr_min", "lowest learning rate")
-    add(group, "batch_size", "")
-    add(group, "epochs", "")
-    add(group, "seed", "of the weights and of the order of the samples")
-    add(group, "steps_per_execution", "training steps for each call into TensorFlow")
+    for field in dataclasses.fields(Settings):
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
+        _add_setting(group, field)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -197,6 +119,28 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lbe_ops.experiments")
     add_arguments(parser)
     return run(parser.parse_args(argv))
+
+
+def _add_setting(group: Any, field: dataclasses.Field) -> None:
+    """Adds the argument for a field of `Settings` to a group of a parser."""
+    default, choices = field.default, field.metadata["choices"]
+    options: dict[str, Any] = {}
+    if field.type == "bool":
+        options["action"] = argparse.BooleanOptionalAction
+        default = "on" if default else "off"
+    else:
+        options["type"] = {"int": int, "float": float, "str": str}[field.type]
+        if choices:
+            options["choices"] = choices
+        else:
+            options["metavar"] = "S" if field.type == "str" else "X"
+    text = f"{field.metadata['help']} (default: {default})"
+    group.add_argument(
+        f"--{field.name.replace('_', '-')}",
+        default=argparse.SUPPRESS,  # so that only what is given overrides a preset
+        help=text.replace("%", "%%"),
+        **options,
+    )
 
 
 def _run(arguments: argparse.Namespace) -> None:

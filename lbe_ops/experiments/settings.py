@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -24,6 +24,22 @@ LOOKS_LINEAR = "looks_linear"  # see looks_linear.py
 DTYPES = ("float32", "float64", "mixed_float16", "mixed_bfloat16")
 
 
+def _setting(
+    default: Any, help: str = "", choices: Sequence[str] = (), group: str = ""
+) -> Any:
+    """A field of `Settings` and what the command line says of it.
+
+    Args:
+        default: value of the field.
+        help: text of the argument.
+        choices: all that it may be; empty where the values cannot be listed.
+        group: title of the group of arguments that begins with this one; empty where
+            the group of the field before goes on.
+    """
+    metadata = {"help": help, "choices": choices, "group": group}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Everything that determines the numbers of a run; the defaults are `mnist`.
@@ -31,38 +47,61 @@ class Settings:
     The strength is that of `LBEModel`, which does not divide it by the batch size.
     """
 
-    data: str = "mnist"
-    scaling: str = "unit"
-    model: str = "dense"
-    depth: int = 500
-    width: int = 128
-    kernel_size: int = 3
-    activation: str = "relu"
-    initializer: str = LOOKS_LINEAR
-    dtype: str = "float32"
-    lbe_alpha: float = 3.0
-    lbe_alpha_min: float = 0.3
-    lbe_beta: float = 1.0
-    lbe_strength: float = 0.003
-    lbe_input: bool = False
-    native: str = "auto"
-    optimizer: str = "adam"
-    learning_rate: float = 1e-4
-    beta_1: float = 0.9
-    epsilon: float = 1e-7
-    momentum: float = 0.9
-    weight_decay: float = 4e-3
-    global_clipnorm: float = 1.0
-    clipnorm: float = 0.0
-    schedule: str = "cosine"
-    reduce_lr: bool = False
-    reduce_lr_patience: int = 10
-    reduce_lr_factor: float = 0.5
-    reduce_lr_min: float = 1e-7
-    batch_size: int = 512
-    epochs: int = 15
-    seed: int = 1
-    steps_per_execution: int = 1
+    data: str = _setting(
+        "mnist",
+        "mnist, digits (offline), fashion_mnist, cifar10, cifar100, or an .npz with "
+        "x_train, y_train, x_test, y_test",
+        group="data",
+    )
+    scaling: str = _setting("unit", "values in [0, 1] or in [-1, 1]", SCALINGS)
+
+    model: str = _setting("dense", "kind of hidden layers", MODELS, group="network")
+    depth: int = _setting(500, "hidden layers")
+    width: int = _setting(128, "units or filters of each")
+    kernel_size: int = _setting(3, "of convolutions")
+    activation: str = _setting("relu", "any of Keras")
+    initializer: str = _setting(
+        LOOKS_LINEAR, "of the hidden layers' kernels: looks_linear, or any of Keras"
+    )
+    dtype: str = _setting("float32", "dtype policy", DTYPES)
+
+    lbe_alpha: float = _setting(
+        3.0, "entropy to aim at, trained from this value", group="LBE"
+    )
+    lbe_alpha_min: float = _setting(0.3, "its lower bound")
+    lbe_beta: float = _setting(1.0, "factor of each layer's LBE")
+    lbe_strength: float = _setting(
+        0.003, "factor of the mean LBE; not divided by the batch size"
+    )
+    lbe_input: bool = _setting(False, "LBE on the (flattened) input as well")
+    native: str = _setting("auto", "use of the compiled op", tuple(NATIVE_MODES))
+
+    optimizer: str = _setting("adam", choices=OPTIMIZERS, group="optimization")
+    learning_rate: float = _setting(1e-4)
+    beta_1: float = _setting(0.9, "of adam and adamw")
+    epsilon: float = _setting(1e-7, "of adam and adamw")
+    momentum: float = _setting(0.9, "of sgd")
+    weight_decay: float = _setting(4e-3, "of adamw")
+    global_clipnorm: float = _setting(
+        1.0, "limit of all gradients' norm together; 0: none"
+    )
+    clipnorm: float = _setting(0.0, "limit of each gradient's norm; 0: none")
+    schedule: str = _setting(
+        "cosine",
+        "learning rate: constant; decay: that for 60 % of the epochs, then linearly "
+        "to 0; cosine: half a cosine down to 0; both change it between epochs",
+        SCHEDULES,
+    )
+    reduce_lr: bool = _setting(False, "reduce the learning rate when val_loss stalls")
+    reduce_lr_patience: int = _setting(10, "epochs without progress until then")
+    reduce_lr_factor: float = _setting(0.5, "factor of the reduction")
+    reduce_lr_min: float = _setting(1e-7, "lowest learning rate")
+    batch_size: int = _setting(512)
+    epochs: int = _setting(15)
+    seed: int = _setting(1, "of the weights and of the order of the samples")
+    steps_per_execution: int = _setting(
+        1, "training steps for each call into TensorFlow"
+    )
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "kernel_size", "epochs", "steps_per_execution"):
@@ -88,15 +127,9 @@ class Settings:
             )
         if self.reduce_lr and self.schedule != "constant":
             raise ExperimentError("--reduce-lr needs --schedule constant")
-        for name, known in (
-            ("scaling", SCALINGS),
-            ("model", MODELS),
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("native", tuple(NATIVE_MODES)),
-            ("dtype", DTYPES),
-        ):
-            value = getattr(self, name)
+        choices = {f.name: f.metadata["choices"] for f in dataclasses.fields(self)}
+        for name in ("scaling", "model", "optimizer", "schedule", "native", "dtype"):
+            value, known = getattr(self, name), choices[name]
             self._require(name, value in known, f"one of {', '.join(known)}")
         for name, get, example in (
             ("activation", keras.activations.get, "relu"),

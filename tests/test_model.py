@@ -850,7 +850,7 @@ def test_a_functional_model_to_its_user():
     assert model.input is model.inputs[0] and model.output is model.outputs[0]
     features = keras.Model(model.input, model.layers[2].output)
     h = layers[1](layers[0](X))
-    np.testing.assert_allclose(features.predict(X, verbose=0), h, rtol=1e-5)
+    np.testing.assert_allclose(features.predict(X, verbose=0), h, rtol=1e-5, atol=1e-6)
     copy = keras.models.clone_model(model)
     assert isinstance(copy, LBEModel) and copy.LBE_strength == model.LBE_strength
     copy.set_weights(model.get_weights())

@@ -57,6 +57,11 @@ def reporting_call(
         recording: where to report to.
         inputs: of the layer.
     """
+    name = layer.path or layer.name
+    if layer.activation in _WITH_LOGITS:
+        y = call(inputs)
+        regularizer.report(recording, y, name)
+        return y
     served = products = None
     for function, names in ACTIVATIONS.items():
         if layer.activation is function:
@@ -65,23 +70,11 @@ def reporting_call(
         products = keras.ops.matmul(inputs, layer.kernel)
     elif served and layer.data_format == "channels_last":
         products = layer.convolution_op(inputs, layer.kernel)
-    if products is not None:
-        activation, slope = served
-        y = tapped(
-            regularizer,
-            recording,
-            layer.path or layer.name,
-            products,
-            layer.bias,
-            activation=activation,
-            slope=slope,
-        )
-    elif layer.activation in _WITH_LOGITS:
-        y = call(inputs)
-        regularizer.report(recording, y, layer.path or layer.name)
-    else:
-        y = tapped(regularizer, recording, layer.path or layer.name, call(inputs))
-    return y
+    if products is None:
+        return tapped(regularizer, recording, name, call(inputs))
+    activation, slope = served
+    epilogue = {"bias": layer.bias, "activation": activation, "slope": slope}
+    return tapped(regularizer, recording, name, products, **epilogue)
 
 
 def tapped(
@@ -89,12 +82,11 @@ def tapped(
     recording: recorder.Recording,
     layer: str,
     z: tf.Tensor,
-    bias: Any = None,
-    **activation: Any,
+    **epilogue: Any,
 ) -> tf.Tensor:
-    """`activation(z + bias)`, whose entropy is made in the same pass and reported."""
+    """The epilogue of z (z itself without more arguments), its entropy reported."""
     y, entropy, valid = ops.epilogue(
-        z, bias, **activation, **regularizer.formula, native=regularizer.native
+        z, **epilogue, **regularizer.formula, native=regularizer.native
     )
     recording.report(regularizer, y, entropy, valid, layer)
     return y

@@ -67,11 +67,8 @@ class _ReportingLayer:
         self.lbe_regularizer = value
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        token = _call.set((self, []))
-        try:
+        with recorder.set_to(_call, (self, [])):
             return super().__call__(*args, **kwargs)
-        finally:
-            _call.reset(token)
 
     def _reporting_to(self, training: Any) -> recorder.Recording | None:
         """Where the call that has begun is to report to, or None."""

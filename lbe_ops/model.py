@@ -8,13 +8,12 @@ those of Keras.
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import functools
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -348,7 +347,7 @@ class LBEModel(keras.Model):
                     "Provide a `loss` argument in `compile()`."
                 )
             return super().compute_loss(x, y, y_pred, sample_weight, training)
-        with _set(_compiled_loss_alone):
+        with recorder.set_to(_compiled_loss_alone, True):
             ce = super().compute_loss(x, y, y_pred, sample_weight, training)
         if ce.dtype != tf.float64:
             ce = tf.cast(ce, tf.float32)
@@ -463,15 +462,6 @@ class LBEModel(keras.Model):
 
 
 LBE_Model = LBEModel
-
-
-@contextlib.contextmanager
-def _set(flag: contextvars.ContextVar[bool]) -> Iterator[None]:
-    token = flag.set(True)
-    try:
-        yield
-    finally:
-        flag.reset(token)
 
 
 def _takes_inputs(parameters: Mapping[str, inspect.Parameter]) -> bool:

@@ -146,14 +146,14 @@ class KeptRecordings:
 
     def add(self, recording: Recording) -> None:
         """Keeps one more, and those of its graph and of the graphs around that."""
-        graph, around = recording._graph, set()
-        if graph is None:
-            return
-        while graph is not None:
-            around.add(id(graph))
-            graph = getattr(graph, "outer_graph", None)
-        kept = [each for each in self._recordings if id(each._graph) in around]
-        self._recordings = [*kept, recording]
+        around = list(keras_internals.with_outer_graphs(recording._graph))
+        if around:
+            kept = [
+                each
+                for each in self._recordings
+                if any(each._graph is graph for graph in around)
+            ]
+            self._recordings = [*kept, recording]
 
 
 _current: contextvars.ContextVar[Recording | None] = contextvars.ContextVar(
@@ -178,7 +178,7 @@ def recording() -> Iterator[Recording]:
     ...     y_pred = tf.nn.softmax(model(x))
     ...     loss = model.compute_loss(x, y, y_pred)
     """
-    with _set(Recording(always=True)) as opened:
+    with set_to(_current, Recording(always=True)) as opened:
         yield opened
 
 
@@ -187,17 +187,18 @@ def forward_pass(model: keras.Model, training: bool) -> Iterator[Recording]:
     """Records one call of a model; all of its LBE layers where that is training."""
     step = _current.get()
     always = training or (step is not None and step.always)
-    with _set(Recording(always, model, step)) as opened:
+    with set_to(_current, Recording(always, model, step)) as opened:
         yield opened
 
 
 @contextlib.contextmanager
-def _set(opened: Recording) -> Iterator[Recording]:
-    token = _current.set(opened)
+def set_to(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[Any]:
+    """Gives a context variable a value in the `with` block, in this thread."""
+    token = variable.set(value)
     try:
-        yield opened
+        yield value
     finally:
-        _current.reset(token)
+        variable.reset(token)
 
 
 def current() -> Recording | None:

@@ -61,6 +61,20 @@ struct ExpOf<double> {
   static constexpr double kShifter = 6755399441055744;  // 1.5 * 2^52
 };
 
+constexpr double Factorial(int n) { return n <= 1 ? 1 : n * Factorial(n - 1); }
+
+// sum_{n >= kTerm} r^(n - kTerm) / n!, by Horner's scheme: a multiplication and
+// an addition a term.
+template <typename Scalar, int kTerm, typename V>
+LBE_MATH V ExpSeries(const V& r) {
+  constexpr Scalar kCoefficient = static_cast<Scalar>(1 / Factorial(kTerm));
+  if constexpr (kTerm == ExpOf<Scalar>::kTerms) {
+    return V{} + kCoefficient;
+  } else {
+    return r * ExpSeries<Scalar, kTerm + 1>(r) + kCoefficient;
+  }
+}
+
 // exp(x) - 1 for x <= 0, accurate near 0. NaN stays. A few units in the last
 // place.
 template <typename Scalar, typename V>
@@ -73,12 +87,7 @@ LBE_MATH V ExpMinusOne(const V& x) {
   const V shifted = bounded * Scalar(1.44269504088896340736) + E::kShifter;
   const V k = shifted - E::kShifter;
   const V r = (bounded - k * E::kLn2High) - k * E::kLn2Low;
-  V series = V{} + Scalar(1.0 / E::kTerms);
-  for (int term = E::kTerms - 1; term > 0; --term) {
-    // Horner: 1/term * (1 + r * (...)), so that no factorial is needed.
-    series = (r * series + Scalar(1)) * Scalar(1.0 / term);
-  }
-  const V minus_one = r * series;
+  const V minus_one = r * ExpSeries<Scalar, 1>(r);
   const Bits exponent = BitCast<Bits>(shifted) << F::kMantissaBits;
   const V power = BitCast<V>(exponent + F::kOne);  // 2^k
   return power * minus_one + (power - Scalar(1));
@@ -89,19 +98,19 @@ LBE_MATH V Magnitude(const V& x) {
   return x < Scalar(0) ? -x : x;
 }
 
-// activation(z); `alpha` is the slope of leaky_relu below 0, the factor of elu.
+// activation(z); `slope` is that of leaky_relu below 0, and for elu its factor.
 // NaN stays NaN.
 template <Activation kActivation, typename Scalar, typename V>
-LBE_MATH V Activate(const V& z, Scalar alpha) {
+LBE_MATH V Activate(const V& z, Scalar slope) {
   if constexpr (kActivation == Activation::kLinear) {
     return z;
   } else if constexpr (kActivation == Activation::kRelu) {
     return z < Scalar(0) ? V{} : z;
   } else if constexpr (kActivation == Activation::kLeakyRelu) {
-    return z < Scalar(0) ? V(z * alpha) : z;
+    return z < Scalar(0) ? V(z * slope) : z;
   } else if constexpr (kActivation == Activation::kElu) {
     const V negative = z < Scalar(0) ? z : V{};
-    return z < Scalar(0) ? V(ExpMinusOne<Scalar>(negative) * alpha) : z;
+    return z < Scalar(0) ? V(ExpMinusOne<Scalar>(negative) * slope) : z;
   } else if constexpr (kActivation == Activation::kSelu) {
     const V negative = z < Scalar(0) ? z : V{};
     const V below =
@@ -126,16 +135,16 @@ LBE_MATH V Activate(const V& z, Scalar alpha) {
 
 // d activation(z) / dz, of y = activation(z). relu'(0) = 0.
 template <Activation kActivation, typename Scalar, typename V>
-LBE_MATH V Derivative(const V& y, Scalar alpha) {
+LBE_MATH V Derivative(const V& y, Scalar slope) {
   const V one = V{} + Scalar(1);
   if constexpr (kActivation == Activation::kLinear) {
     return one;
   } else if constexpr (kActivation == Activation::kRelu) {
     return y > Scalar(0) ? one : V{};
   } else if constexpr (kActivation == Activation::kLeakyRelu) {
-    return y > Scalar(0) ? one : V(V{} + alpha);
+    return y > Scalar(0) ? one : V(V{} + slope);
   } else if constexpr (kActivation == Activation::kElu) {
-    return y < Scalar(0) ? V(y + alpha) : one;
+    return y < Scalar(0) ? V(y + slope) : one;
   } else if constexpr (kActivation == Activation::kSelu) {
     return y < Scalar(0) ? V(y + static_cast<Scalar>(kSeluScale * kSeluAlpha))
                          : V(V{} + static_cast<Scalar>(kSeluScale));
@@ -149,12 +158,17 @@ LBE_MATH V Derivative(const V& y, Scalar alpha) {
 }
 
 // The gradient of a bias is the sum of dz, as it is before it is rounded, over
-// all rows and the units of a channel. Of each kSumRows rows of a unit, those
-// of a leaf one after the other, and PairwiseSum of the leaves; then in double
-// every kSumParts-th of these one after the other, those of the units of a
-// channel before those of the next rows, and what that makes by halves.
+// all rows and all positions of a channel, in this order:
+//
+//   for each unit, for each kSumRows rows, k = 0, 1, ...:
+//     leaf[l] = the sum of dz of rows kSumRows * k + 8 l + (0, 1, ..., 7)
+//     sums[k][unit] = PairwiseSum(leaf)
+//   for each channel, sums[k][unit] seen as list[i], with i = k * positions +
+//   position and unit = position * channels + channel, in double:
+//     part[p] = the sum of list[p], list[p + kSumParts], ..., one by one
+//     dbias[channel] = SumHalves<kSumParts>(part), what is missing being 0
 constexpr int kSumRows = kLeafRows * kLeafRows;
-constexpr int kSumParts = 32;
+constexpr int kSumParts = 256;
 
 }  // namespace lbe
 

@@ -49,8 +49,7 @@ LBE_MATH bool IsServed(const Formula& formula) {
          (formula.ddof == 0 || formula.ddof == 1);
 }
 
-// Of some rows of a unit: their mean and the sum of squares of what they differ
-// from it.
+// Mean and sum of squared deviations from it (M2) of some rows of one unit.
 template <typename V>
 struct Moments {
   V mean;
@@ -65,15 +64,27 @@ LBE_MATH V PairwiseSum(const V x[kLeafRows]) {
 
 // Moments of the first `rows` of eight. REQUIRES: 1 <= rows <= 8, and x[r] = 0
 // for r >= rows.
+//
+// Equal values have a mean of exactly that value and M2 = 0. The sum of eight
+// of them is exact; that of three is not, so the mean of a short leaf is taken
+// relative to its first row.
 template <typename Scalar, typename V>
 LBE_MATH Moments<V> LeafMoments(const V x[kLeafRows], int rows) {
-  const V mean = PairwiseSum(x) / static_cast<Scalar>(rows);
-  V squares[kLeafRows];
+  V differences[kLeafRows];
+  V mean;
+  if (rows == kLeafRows) {
+    mean = PairwiseSum(x) * Scalar(1.0 / kLeafRows);
+  } else {
+    for (int r = 0; r < kLeafRows; ++r) {
+      differences[r] = r < rows ? x[r] - x[0] : V{};
+    }
+    mean = x[0] + PairwiseSum(differences) / static_cast<Scalar>(rows);
+  }
   for (int r = 0; r < kLeafRows; ++r) {
     const V difference = x[r] - mean;
-    squares[r] = r < rows ? difference * difference : V{};
+    differences[r] = r < rows ? difference * difference : V{};
   }
-  return {mean, PairwiseSum(squares)};
+  return {mean, PairwiseSum(differences)};
 }
 
 // The weights with which the moments of `b` rows merge into those of `a` rows.
@@ -241,10 +252,14 @@ LBE_MATH double SumHalves(double values[kWidth]) {
 }
 
 // The gradient of g * H and of g_mean * mean and g_variance * variance is
-//   dx_nu = offset_u + slope_u * (x_nu - mean_u):
-//   slope_u  = g * scale / (U (N - ddof) (scale * v_u + offset))
-//              + 2 * g_variance_u / (N - ddof)
-//   offset_u = g_mean_u / N
+//   dx_nu = share * (reciprocal_u * (x_nu - mean_u))
+//           + slope_u * (x_nu - mean_u) + offset_u:
+//   share        = g * scale / (U (N - ddof))
+//   reciprocal_u = 1 / (scale * v_u + offset)
+//   slope_u      = 2 * g_variance_u / (N - ddof)
+//   offset_u     = g_mean_u / N
+// The share and the reciprocal are not multiplied with each other first: for
+// activations of 1e18 their product is too small for a float, and dx is not.
 template <typename Scalar>
 struct GradientFactors {
   double entropy;   // scale / (U (N - ddof))
@@ -266,7 +281,6 @@ LBE_MATH GradientFactors<Scalar> GradientFactorsOf(int64_t rows, int64_t units,
           static_cast<Scalar>(formula.offset)};
 }
 
-// g * scale / (U (N - ddof))
 template <typename Scalar>
 LBE_MATH Scalar EntropyShare(Scalar entropy_grad,
                              const GradientFactors<Scalar>& factors) {
@@ -275,9 +289,9 @@ LBE_MATH Scalar EntropyShare(Scalar entropy_grad,
 }
 
 template <typename Scalar, typename V>
-LBE_MATH V EntropySlope(const V& variance, Scalar entropy_share,
-                        const GradientFactors<Scalar>& factors) {
-  return entropy_share / (variance * factors.scale + factors.offset);
+LBE_MATH V Reciprocal(const V& variance,
+                      const GradientFactors<Scalar>& factors) {
+  return Scalar(1) / (variance * factors.scale + factors.offset);
 }
 
 template <typename Scalar, typename V>
@@ -292,16 +306,18 @@ LBE_MATH V MeanOffset(const V& mean_grad,
   return mean_grad * factors.mean;
 }
 
-// dx without and with an offset.
-template <typename V>
-LBE_MATH V UnitGradient(const V& x, const V& mean, const V& slope) {
-  return slope * (x - mean);
+// dx of the entropy alone, and of the entropy, mean and variance.
+template <typename Scalar, typename V>
+LBE_MATH V UnitGradient(const V& x, const V& mean, const V& reciprocal,
+                        Scalar share) {
+  return (x - mean) * reciprocal * share;
 }
 
-template <typename V>
-LBE_MATH V UnitGradient(const V& x, const V& mean, const V& slope,
-                        const V& offset) {
-  return offset + slope * (x - mean);
+template <typename Scalar, typename V>
+LBE_MATH V UnitGradient(const V& x, const V& mean, const V& reciprocal,
+                        Scalar share, const V& slope, const V& offset) {
+  const V difference = x - mean;
+  return (difference * reciprocal * share + difference * slope) + offset;
 }
 
 }  // namespace lbe

@@ -2,9 +2,9 @@
 //
 // The boundary between kernels and frameworks: what the launchers take.
 //
-// Called by tf_ops.cc, xla_custom_call.cc and numpy_module.cc; no type of
-// TensorFlow, XLA, pybind11 or CUDA crosses it. Kernels do not allocate, do not
-// throw and know no framework.
+// Called by tf_ops.cc, xla_custom_call.cc, numpy_module.cc and cuda_arrays.cc;
+// no type of TensorFlow, XLA, pybind11 or CUDA crosses it. Kernels do not
+// allocate, do not throw and know no framework.
 
 #ifndef LBE_OPS_CC_KERNELS_H_
 #define LBE_OPS_CC_KERNELS_H_
@@ -37,22 +37,96 @@ enum class DType {
 #undef LBE_DTYPE
 };
 
-// The value of a result scalar: float, or double for kFloat64.
-inline void SetScalar(DType dtype, double value, void* scalar) {
+// The type of a dtype's elements, and that of its accumulators and results.
+template <typename ElementType, typename ResultType>
+struct Types {
+  using Element = ElementType;
+  using Result = ResultType;
+};
+
+// Returns body(Types<...>()) for the types of `dtype`. REQUIRES: a dtype of the
+// list.
+template <typename Body>
+auto WithTypes(DType dtype, const Body& body) {
   switch (dtype) {
 #define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
   case DType::name:                                                   \
-    *static_cast<result*>(scalar) = static_cast<result>(value);       \
-    break;
+    return body(Types<element, result>());
     LBE_FOR_EACH_DTYPE(LBE_DTYPE)
 #undef LBE_DTYPE
   }
+  __builtin_unreachable();
 }
+
+// Bytes of a result: those of a float, or of a double for kFloat64.
+inline int64_t ResultBytes(DType dtype) {
+  return WithTypes(dtype, [](auto types) -> int64_t {
+    return sizeof(typename decltype(types)::Result);
+  });
+}
+
+// Writes `value` to a scalar of the result type in the memory of the host.
+inline void SetScalar(DType dtype, double value, void* scalar) {
+  WithTypes(dtype, [&](auto types) {
+    using Result = typename decltype(types)::Result;
+    *static_cast<Result*>(scalar) = static_cast<Result>(value);
+  });
+}
+
+// What every launcher has to know of the activations x [rows, units], which are
+// row-major. REQUIRES of all launchers: rows > formula.ddof, units >= 1.
+struct Problem {
+  DType dtype;
+  int64_t rows;
+  int64_t units;
+  Formula formula;
+};
+
+// What a layer does after its product: y = activation(z + bias). Its launchers
+// make the statistics of y in the same pass.
+struct Epilogue {
+  Activation activation = Activation::kLinear;
+  double slope = 0;            // of leaky_relu and elu; see activations.h
+  const void* bias = nullptr;  // [channels], of the dtype of z; or null
+  int64_t channels = 1;        // unit u has bias u modulo channels
+};
+
+// The arguments of a forward pass: mean and variance of every unit, and the
+// entropy. Results have the dtype's result type. x is read once.
+struct ForwardArguments {
+  const void* x = nullptr;             // [rows, units]; z of an epilogue
+  const Epilogue* epilogue = nullptr;  // or null: the statistics of x itself
+  void* y = nullptr;                   // [rows, units] of an epilogue; may be x
+  void* workspace = nullptr;
+  void* entropy = nullptr;   // scalar
+  void* mean = nullptr;      // [units]
+  void* variance = nullptr;  // [units]
+  void* valid = nullptr;     // scalar that becomes 1, or null
+};
+
+// The arguments of a gradient. Without an epilogue, dx is that of
+//   entropy_grad * entropy + sum_u(mean_grad * mean + variance_grad * variance)
+// and with one, dx = activation'(x) * (dy + the gradient of entropy_grad *
+// entropy), and dbias the sum of dx over all positions of a channel.
+struct GradientArguments {
+  const void* x = nullptr;             // [rows, units]; y of an epilogue
+  const void* mean = nullptr;          // [units], of the forward pass
+  const void* variance = nullptr;      // [units], of the forward pass
+  const void* entropy_grad = nullptr;  // scalar
+  const void* mean_grad = nullptr;     // [units], or null; not with an epilogue
+  const void* variance_grad = nullptr;  // [units], null where mean_grad is
+  const Epilogue* epilogue = nullptr;   // or null; its bias is not read
+  const void* dy = nullptr;             // [rows, units] with an epilogue
+  void* workspace = nullptr;            // where dbias is wanted
+  void* dx = nullptr;                   // [rows, units]; may be x or dy
+  void* dbias = nullptr;                // [epilogue->channels], or null
+};
 
 // Where a CPU kernel runs: `run(pool, workers, body, argument)` calls
 // body(argument) at least once and at most `workers` times, each on a thread of
 // its own where that is possible, and returns when all have returned. `threads`
 // is the most workers that a kernel asks for. Results never depend on it.
+// Kernels use up to 400 KB of each thread's stack.
 struct Parallel {
   int threads;
   void* pool;
@@ -60,58 +134,15 @@ struct Parallel {
               void* argument);
 };
 
-// Kernels use up to 400 KB of each thread's stack.
+void ForwardCpu(const Parallel& parallel, const Problem& problem,
+                const ForwardArguments& arguments);
+void GradientCpu(const Parallel& parallel, const Problem& problem,
+                 const GradientArguments& arguments);
 
-// Bytes of workspace, 64-byte aligned, for BatchEntropyForwardCpu.
-int64_t BatchEntropyForwardCpuWorkspace(DType dtype, int64_t rows,
-                                        int64_t units, int threads);
-
-// Reads x [rows, units], row-major, once. Writes mean [units] and variance
-// [units] and the scalar entropy, all of the dtype's result type. REQUIRES:
-// rows > formula.ddof, units >= 1.
-void BatchEntropyForwardCpu(const Parallel& parallel, DType dtype,
-                            const void* x, int64_t rows, int64_t units,
-                            const Formula& formula, void* workspace, void* mean,
-                            void* variance, void* entropy);
-
-// Writes dx [rows, units], the gradient of
-//   entropy_grad * entropy + sum_u(mean_grad * mean + variance_grad * variance)
-// with entropy_grad a scalar and mean_grad, variance_grad [units] or both null.
-// dx may be x itself. REQUIRES: as above.
-void BatchEntropyGradCpu(const Parallel& parallel, DType dtype, const void* x,
-                         int64_t rows, int64_t units, const Formula& formula,
-                         const void* mean, const void* variance,
-                         const void* entropy_grad, const void* mean_grad,
-                         const void* variance_grad, void* dx);
-
-// The epilogue of a layer: y = activation(z + bias), and the statistics of y in
-// the same pass.
-struct Epilogue {
-  Activation activation = Activation::kLinear;
-  double alpha = 0;            // of leaky_relu and elu; see activations.h
-  const void* bias = nullptr;  // [channels], of the dtype of z; or null
-  int64_t channels = 1;        // unit u has bias u modulo channels
-};
-
-// As BatchEntropyForwardCpu with x = y, which is written: y is z [rows, units]
-// itself or another array. Workspace: that of BatchEntropyForwardCpu.
-void EpilogueForwardCpu(const Parallel& parallel, DType dtype, const void* z,
-                        const Epilogue& epilogue, int64_t rows, int64_t units,
-                        const Formula& formula, void* workspace, void* y,
-                        void* mean, void* variance, void* entropy);
-
-// Bytes of workspace, 64-byte aligned, for EpilogueGradCpu.
-int64_t EpilogueGradCpuWorkspace(DType dtype, const Epilogue& epilogue,
-                                 int64_t rows, int64_t units);
-
-// Writes dz = activation'(y) * (dy + the gradient of entropy_grad * entropy),
-// and dbias [channels], its sum, unless there is no bias. Both have the dtype
-// of y; dz may be dy itself. dbias has the same bits for any number of threads.
-void EpilogueGradCpu(const Parallel& parallel, DType dtype, const void* dy,
-                     const void* y, const Epilogue& epilogue, int64_t rows,
-                     int64_t units, const Formula& formula, const void* mean,
-                     const void* variance, const void* entropy_grad,
-                     void* workspace, void* dz, void* dbias);
+// Bytes of their workspaces, which are 64-byte aligned: that of a forward pass
+// on so many threads, and that of a gradient with dbias [channels].
+int64_t ForwardCpuWorkspace(const Problem& problem, int threads);
+int64_t GradientCpuWorkspace(const Problem& problem, int64_t channels);
 
 // The instruction set in use: "avx512", "avx2" or "baseline". The best one that
 // the processor has, unless the environment variable LBE_OPS_SIMD names a lower
@@ -125,45 +156,18 @@ const char* CpuSimdLevel();
 // graph. Returns a cudaError_t: 0, or what CudaErrorMessage explains.
 //
 // Results are those of the CPU, bit for bit. `blocks` is how many blocks of
-// threads to aim for; results never depend on it.
-constexpr int kCudaBlocks = 1024;
+// threads to aim for, 0 for as many as suit an H100; results never depend on
+// it. A workspace serves one call at a time: calls on two streams, or two CUDA
+// graphs, need two.
+int ForwardCuda(void* stream, const Problem& problem,
+                const ForwardArguments& arguments, int blocks = 0);
+int GradientCuda(void* stream, const Problem& problem,
+                 const GradientArguments& arguments, int blocks = 0);
 
-// Bytes of workspace, 16-byte aligned, for BatchEntropyForwardCuda.
-int64_t BatchEntropyForwardCudaWorkspace(DType dtype, int64_t rows,
-                                         int64_t units,
-                                         int blocks = kCudaBlocks);
-
-// `valid`, a scalar of the result type that becomes 1, may be null.
-int BatchEntropyForwardCuda(void* stream, DType dtype, const void* x,
-                            int64_t rows, int64_t units, const Formula& formula,
-                            void* workspace, void* mean, void* variance,
-                            void* entropy, void* valid,
-                            int blocks = kCudaBlocks);
-
-int BatchEntropyGradCuda(void* stream, DType dtype, const void* x, int64_t rows,
-                         int64_t units, const Formula& formula,
-                         const void* mean, const void* variance,
-                         const void* entropy_grad, const void* mean_grad,
-                         const void* variance_grad, void* dx,
-                         int blocks = kCudaBlocks);
-
-// `valid` as above. Workspace: that of BatchEntropyForwardCuda.
-int EpilogueForwardCuda(void* stream, DType dtype, const void* z,
-                        const Epilogue& epilogue, int64_t rows, int64_t units,
-                        const Formula& formula, void* workspace, void* y,
-                        void* mean, void* variance, void* entropy, void* valid,
-                        int blocks = kCudaBlocks);
-
-// Bytes of workspace, 16-byte aligned, for EpilogueGradCuda.
-int64_t EpilogueGradCudaWorkspace(DType dtype, const Epilogue& epilogue,
-                                  int64_t rows, int64_t units);
-
-int EpilogueGradCuda(void* stream, DType dtype, const void* dy, const void* y,
-                     const Epilogue& epilogue, int64_t rows, int64_t units,
-                     const Formula& formula, const void* mean,
-                     const void* variance, const void* entropy_grad,
-                     void* workspace, void* dz, void* dbias,
-                     int blocks = kCudaBlocks);
+// Bytes of their workspaces, which are 16-byte aligned; see above.
+int64_t ForwardCudaWorkspace(const Problem& problem, bool has_epilogue,
+                             int blocks = 0);
+int64_t GradientCudaWorkspace(const Problem& problem, int64_t channels);
 
 // Writes zeros.
 int SetZeroCuda(void* stream, void* data, int64_t bytes);
@@ -174,7 +178,7 @@ int SetScalarCuda(void* stream, DType dtype, double value, void* scalar);
 // What went wrong and what to do about it. Static text.
 const char* CudaErrorMessage(int error);
 
-// The GPU that a process would use. Versions as CUDA has them: 13020 is 13.2.
+// A GPU. Versions as CUDA has them: 13020 is 13.2.
 struct CudaSystem {
   int toolkit;             // that built the kernels
   int driver;              // the newest CUDA that the driver serves; 0: none
@@ -182,7 +186,10 @@ struct CudaSystem {
   char device[256];        // name, empty where there is none
   int compute_capability;  // 90 is 9.0
 };
-CudaSystem DescribeCuda();
+
+// What there is to know of one GPU, without creating a context on it: by
+// default the first one that CUDA sees.
+CudaSystem DescribeCuda(int device = 0);
 
 }  // namespace lbe
 

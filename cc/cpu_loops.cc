@@ -7,11 +7,11 @@
 // functions are local or always inlined, so that the linker never merges code
 // of different instruction sets.
 
-#include "cpu_kernels.h"
-
 #include <immintrin.h>
 
 #include <algorithm>
+
+#include "cpu_kernels.h"
 
 #ifndef LBE_CPU_LOOPS
 #error "LBE_CPU_LOOPS must name the table to define"

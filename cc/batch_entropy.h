@@ -32,6 +32,8 @@ constexpr int kLeafRows = 8;
 
 // H = mean_u h_u,  h_u = 1/2 ln(scale * v_u + offset),  v_u = M2_u / (N -
 // ddof).
+constexpr double kPiE = 8.539734222673566;  // the usual scale: H is in nats
+
 struct Formula {
   double scale = 0;
   double offset = 0;

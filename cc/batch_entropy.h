@@ -70,23 +70,28 @@ LBE_MATH V PairwiseSum(const V x[kLeafRows]) {
 // Equal values have a mean of exactly that value and M2 = 0. The sum of eight
 // of them is exact; that of three is not, so the mean of a short leaf is taken
 // relative to its first row.
+//
+// Written out rather than as loops: compilers keep an array in registers only
+// where its indices are constants from the start.
 template <typename Scalar, typename V>
 LBE_MATH Moments<V> LeafMoments(const V x[kLeafRows], int rows) {
-  V differences[kLeafRows];
-  V mean;
   if (rows == kLeafRows) {
-    mean = PairwiseSum(x) * Scalar(1.0 / kLeafRows);
-  } else {
-    for (int r = 0; r < kLeafRows; ++r) {
-      differences[r] = r < rows ? x[r] - x[0] : V{};
-    }
-    mean = x[0] + PairwiseSum(differences) / static_cast<Scalar>(rows);
+    const V mean = PairwiseSum(x) * Scalar(1.0 / kLeafRows);
+    const V d[kLeafRows] = {x[0] - mean, x[1] - mean, x[2] - mean, x[3] - mean,
+                            x[4] - mean, x[5] - mean, x[6] - mean, x[7] - mean};
+    const V squares[kLeafRows] = {d[0] * d[0], d[1] * d[1], d[2] * d[2],
+                                  d[3] * d[3], d[4] * d[4], d[5] * d[5],
+                                  d[6] * d[6], d[7] * d[7]};
+    return {mean, PairwiseSum(squares)};
   }
-  for (int r = 0; r < kLeafRows; ++r) {
+  V relative[kLeafRows] = {}, squares[kLeafRows] = {};
+  for (int r = 1; r < rows; ++r) relative[r] = x[r] - x[0];
+  const V mean = x[0] + PairwiseSum(relative) / static_cast<Scalar>(rows);
+  for (int r = 0; r < rows; ++r) {
     const V difference = x[r] - mean;
-    differences[r] = r < rows ? difference * difference : V{};
+    squares[r] = difference * difference;
   }
-  return {mean, PairwiseSum(differences)};
+  return {mean, PairwiseSum(squares)};
 }
 
 // The weights with which the moments of `b` rows merge into those of `a` rows.

@@ -12,7 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cpu_kernels.h"
+#include "cpu_loops.h"
 #include "kernels.h"
 
 namespace lbe {
@@ -120,7 +120,8 @@ void Run(const Parallel& parallel, int64_t items, int64_t bytes,
 }
 
 // How the forward pass is cut: into parts of rows that are whole nodes of the
-// tree, and tiles of columns.
+// tree, and tiles of columns. The last tile also has what is left of fewer than
+// kGroupUnits columns.
 struct ForwardCut {
   int64_t tile_columns;
   int64_t tiles;
@@ -128,24 +129,30 @@ struct ForwardCut {
   int64_t parts;
 };
 
-ForwardCut CutForward(const CpuLoops& loops, int64_t rows, int64_t units,
-                      int threads) {
-  const bool serial = rows * units * loops.element_bytes < kSerialBytes;
+int64_t TilesOf(int64_t units, int64_t tile) {
+  return std::max<int64_t>(1, CeilDiv(units - kGroupUnits + 1, tile));
+}
+
+ForwardCut CutForward(const Problem& problem, int threads) {
+  const int64_t rows = problem.rows, units = problem.units;
+  const bool serial =
+      rows * units * LoopsFor(problem.dtype).element_bytes < kSerialBytes;
   const int64_t wanted = serial ? 1 : threads * kPartsPerThread;
   // Long pieces of rows are read fastest: cut the rows first, then the columns.
-  int64_t tile = std::min(kTile, CeilDiv(units, kGroupUnits) * kGroupUnits);
+  int64_t tile =
+      std::min(kTile - kGroupUnits, CeilDiv(units, kGroupUnits) * kGroupUnits);
   int64_t part = kPartRows;
   while (part > kMinPartRows &&
-         CeilDiv(units, tile) * CeilDiv(rows, part) < wanted) {
+         TilesOf(units, tile) * CeilDiv(rows, part) < wanted) {
     part /= 2;
   }
   const int64_t parts = CeilDiv(rows, part);
-  if (CeilDiv(units, tile) * parts < wanted) {
+  if (TilesOf(units, tile) * parts < wanted) {
     tile = std::max(
         CeilDiv(CeilDiv(units * parts, wanted), kGroupUnits) * kGroupUnits,
         std::min(tile, kMinTile));
   }
-  return {tile, CeilDiv(units, tile), part, parts};
+  return {tile, TilesOf(units, tile), part, parts};
 }
 
 // Merges the moments of parts [first, first + parts) into those of the first.
@@ -161,69 +168,6 @@ void MergeParts(const CpuLoops& loops, const ForwardCut& cut, int64_t rows,
   loops.merge(left * cut.part_rows, end - middle * cut.part_rows, columns,
               mean + middle * pitch, m2 + middle * pitch, mean + first * pitch,
               m2 + first * pitch);
-}
-
-void Forward(const Parallel& parallel, DType dtype, const void* x,
-             const EpilogueOperands* epilogue, int64_t rows, int64_t units,
-             const Formula& formula, void* workspace, void* mean,
-             void* variance, void* entropy) {
-  const CpuLoops& loops = LoopsFor(dtype);
-  const ForwardCut cut = CutForward(loops, rows, units, parallel.threads);
-  const int64_t groups = CeilDiv(units, kGroupUnits);
-  double* sums = static_cast<double*>(workspace);
-  const auto at = [&loops](void* base, int64_t index) {
-    return static_cast<char*>(base) + index * loops.result_bytes;
-  };
-  const auto finish = [&](int64_t column, int64_t columns) {
-    loops.finish(rows, columns, formula, at(variance, column),
-                 sums + column / kGroupUnits);
-  };
-  const auto columns_of = [&](int64_t tile) {
-    return std::min(cut.tile_columns, units - tile * cut.tile_columns);
-  };
-  const int64_t bytes = rows * units * loops.element_bytes;
-  if (cut.parts == 1) {
-    Run(parallel, cut.tiles, bytes, [&](int64_t tile) {
-      const int64_t column = tile * cut.tile_columns;
-      const int64_t columns = columns_of(tile);
-      loops.moments(x, epilogue, units, 0, rows, column, columns,
-                    at(mean, column), at(variance, column));
-      finish(column, columns);
-    });
-  } else {
-    // Part p's moments: means at part_mean + p * pitch, m2 alike.
-    const int64_t pitch = units * loops.result_bytes;
-    char* part_mean = static_cast<char*>(workspace) +
-                      CeilDiv(groups * sizeof(double), 64) * 64;
-    char* part_m2 = part_mean + cut.parts * pitch;
-    Run(parallel, cut.tiles * cut.parts, bytes, [&](int64_t item) {
-      const int64_t part = item / cut.tiles;
-      const int64_t column = item % cut.tiles * cut.tile_columns;
-      const int64_t row = part * cut.part_rows;
-      loops.moments(
-          x, epilogue, units, row, std::min(cut.part_rows, rows - row), column,
-          columns_of(item % cut.tiles), at(part_mean + part * pitch, column),
-          at(part_m2 + part * pitch, column));
-    });
-    Run(parallel, cut.tiles, 2 * cut.parts * pitch, [&](int64_t tile) {
-      const int64_t column = tile * cut.tile_columns;
-      const int64_t columns = columns_of(tile);
-      char* tile_mean = at(part_mean, column);
-      char* tile_m2 = at(part_m2, column);
-      MergeParts(loops, cut, rows, 0, cut.parts, columns, pitch, tile_mean,
-                 tile_m2);
-      std::memcpy(at(mean, column), tile_mean, columns * loops.result_bytes);
-      std::memcpy(at(variance, column), tile_m2, columns * loops.result_bytes);
-      finish(column, columns);
-    });
-  }
-  FloatingPointMode mode;
-  double lanes[kSumLanes] = {};
-  for (int64_t group = 0; group < groups; ++group) {
-    lanes[group % kSumLanes] += sums[group];
-  }
-  const double sum = SumHalves<kSumLanes>(lanes);
-  SetScalar(dtype, sum / static_cast<double>(units), entropy);
 }
 
 // Adds up the sums [count, channels] of a bias's gradient into the first ones,
@@ -257,110 +201,158 @@ void AddSums(const Parallel& parallel, int64_t count, int64_t channels,
       });
 }
 
+int64_t SumsOf(const Problem& problem) {
+  return CeilDiv(problem.rows, kSumRows) * problem.units;
+}
+
+bool ChangesNothing(const ForwardArguments& arguments) {
+  return arguments.y == arguments.x &&
+         arguments.epilogue->activation == Activation::kLinear &&
+         arguments.epilogue->bias == nullptr;
+}
+
+void EpilogueGradient(const Parallel& parallel, const Problem& problem,
+                      const GradientArguments& arguments) {
+  const CpuLoops& loops = LoopsFor(problem.dtype);
+  const int64_t rows = problem.rows, units = problem.units;
+  const int64_t tiles = CeilDiv(units, kTile);
+  const int64_t wanted = parallel.threads * kPartsPerThread;
+  const int64_t item_rows =
+      CeilDiv(CeilDiv(rows * tiles, wanted), kSumRows) * kSumRows;
+  Run(parallel, CeilDiv(rows, item_rows) * tiles,
+      2 * rows * units * loops.element_bytes, [&](int64_t item) {
+        const int64_t row = item / tiles * item_rows;
+        const int64_t column = item % tiles * kTile;
+        loops.epilogue_gradient(problem, arguments,
+                                {row, std::min(item_rows, rows - row), column,
+                                 std::min(kTile, units - column)});
+      });
+  if (arguments.dbias == nullptr) return;
+  const int64_t channels = arguments.epilogue->channels;
+  WithTypes(problem.dtype, [&](auto types) {
+    AddSums(
+        parallel, SumsOf(problem) / channels, channels,
+        static_cast<typename decltype(types)::Result*>(arguments.workspace));
+  });
+  loops.round(arguments.workspace, channels, arguments.dbias);
+}
+
 }  // namespace
 
 const char* CpuSimdLevel() { return ChosenSimd().name; }
 
-int64_t BatchEntropyForwardCpuWorkspace(DType dtype, int64_t rows,
-                                        int64_t units, int threads) {
-  const CpuLoops& loops = LoopsFor(dtype);
-  const ForwardCut cut = CutForward(loops, rows, units, threads);
-  const int64_t sums = CeilDiv(units, kGroupUnits) * sizeof(double);
+int64_t ForwardCpuWorkspace(const Problem& problem, int threads) {
+  const ForwardCut cut = CutForward(problem, threads);
+  const int64_t sums = CeilDiv(problem.units, kGroupUnits) * sizeof(double);
   const int64_t moments =
-      cut.parts > 1 ? 2 * cut.parts * units * loops.result_bytes : 0;
+      cut.parts > 1 ? 2 * cut.parts * problem.units * ResultBytes(problem.dtype)
+                    : 0;
   return CeilDiv(sums, 64) * 64 + moments;
 }
 
-void BatchEntropyForwardCpu(const Parallel& parallel, DType dtype,
-                            const void* x, int64_t rows, int64_t units,
-                            const Formula& formula, void* workspace, void* mean,
-                            void* variance, void* entropy) {
-  Forward(parallel, dtype, x, nullptr, rows, units, formula, workspace, mean,
-          variance, entropy);
+void ForwardCpu(const Parallel& parallel, const Problem& problem,
+                const ForwardArguments& given) {
+  ForwardArguments arguments = given;
+  if (given.epilogue != nullptr && ChangesNothing(given)) {
+    arguments.epilogue = nullptr;
+  }
+  const CpuLoops& loops = LoopsFor(problem.dtype);
+  const int64_t rows = problem.rows, units = problem.units;
+  const ForwardCut cut = CutForward(problem, parallel.threads);
+  const int64_t result_bytes = ResultBytes(problem.dtype);
+  const int64_t groups = CeilDiv(units, kGroupUnits);
+  double* sums = static_cast<double*>(arguments.workspace);
+  const auto at = [&](void* base, int64_t index) {
+    return static_cast<char*>(base) + index * result_bytes;
+  };
+  const auto finish = [&](int64_t column, int64_t columns) {
+    loops.finish(problem, columns, at(arguments.variance, column),
+                 sums + column / kGroupUnits);
+  };
+  const auto columns_of = [&](int64_t tile) {
+    return tile + 1 == cut.tiles ? units - tile * cut.tile_columns
+                                 : cut.tile_columns;
+  };
+  const int64_t bytes = rows * units * loops.element_bytes;
+  if (cut.parts == 1) {
+    Run(parallel, cut.tiles, bytes, [&](int64_t tile) {
+      const int64_t column = tile * cut.tile_columns;
+      const int64_t columns = columns_of(tile);
+      loops.moments(problem, arguments, {0, rows, column, columns},
+                    at(arguments.mean, column), at(arguments.variance, column));
+      finish(column, columns);
+    });
+  } else {
+    // Part p's moments: means at part_mean + p * pitch, m2 alike.
+    const int64_t pitch = units * result_bytes;
+    char* part_mean = static_cast<char*>(arguments.workspace) +
+                      CeilDiv(groups * sizeof(double), 64) * 64;
+    char* part_m2 = part_mean + cut.parts * pitch;
+    Run(parallel, cut.tiles * cut.parts, bytes, [&](int64_t item) {
+      const int64_t part = item / cut.tiles;
+      const int64_t column = item % cut.tiles * cut.tile_columns;
+      const int64_t row = part * cut.part_rows;
+      loops.moments(problem, arguments,
+                    {row, std::min(cut.part_rows, rows - row), column,
+                     columns_of(item % cut.tiles)},
+                    at(part_mean + part * pitch, column),
+                    at(part_m2 + part * pitch, column));
+    });
+    Run(parallel, cut.tiles, 2 * cut.parts * pitch, [&](int64_t tile) {
+      const int64_t column = tile * cut.tile_columns;
+      const int64_t columns = columns_of(tile);
+      char* tile_mean = at(part_mean, column);
+      char* tile_m2 = at(part_m2, column);
+      MergeParts(loops, cut, rows, 0, cut.parts, columns, pitch, tile_mean,
+                 tile_m2);
+      std::memcpy(at(arguments.mean, column), tile_mean,
+                  columns * result_bytes);
+      std::memcpy(at(arguments.variance, column), tile_m2,
+                  columns * result_bytes);
+      finish(column, columns);
+    });
+  }
+  FloatingPointMode mode;
+  double lanes[kSumLanes] = {};
+  for (int64_t group = 0; group < groups; ++group) {
+    lanes[group % kSumLanes] += sums[group];
+  }
+  const double sum = SumHalves<kSumLanes>(lanes);
+  SetScalar(problem.dtype, sum / static_cast<double>(units), arguments.entropy);
+  if (arguments.valid != nullptr) SetScalar(problem.dtype, 1, arguments.valid);
 }
 
-void EpilogueForwardCpu(const Parallel& parallel, DType dtype, const void* z,
-                        const Epilogue& epilogue, int64_t rows, int64_t units,
-                        const Formula& formula, void* workspace, void* y,
-                        void* mean, void* variance, void* entropy) {
-  const EpilogueOperands operands = {&epilogue, z, y, nullptr, rows, units};
-  const bool nothing_to_make = y == z &&
-                               epilogue.activation == Activation::kLinear &&
-                               epilogue.bias == nullptr;
-  Forward(parallel, dtype, y, nothing_to_make ? nullptr : &operands, rows,
-          units, formula, workspace, mean, variance, entropy);
+int64_t GradientCpuWorkspace(const Problem& problem, int64_t /*channels*/) {
+  return SumsOf(problem) * ResultBytes(problem.dtype);
 }
 
-void BatchEntropyGradCpu(const Parallel& parallel, DType dtype, const void* x,
-                         int64_t rows, int64_t units, const Formula& formula,
-                         const void* mean, const void* variance,
-                         const void* entropy_grad, const void* mean_grad,
-                         const void* variance_grad, void* dx) {
-  const CpuLoops& loops = LoopsFor(dtype);
-  const GradientOperands operands = {
-      x,        rows,         units,     &formula,      mean,
-      variance, entropy_grad, mean_grad, variance_grad, dx};
+void GradientCpu(const Parallel& parallel, const Problem& problem,
+                 const GradientArguments& arguments) {
+  if (arguments.epilogue != nullptr) {
+    return EpilogueGradient(parallel, problem, arguments);
+  }
+  const CpuLoops& loops = LoopsFor(problem.dtype);
+  const int64_t rows = problem.rows, units = problem.units;
   const int64_t pitch = units * loops.element_bytes;
   const int64_t bytes = rows * pitch;
-  const bool stream = dx != x && bytes > kStreamBytes && pitch % 64 == 0 &&
-                      reinterpret_cast<uintptr_t>(dx) % 64 == 0;
-  if (stream) AdviseHugePages(dx, bytes);
-  const int64_t tiles = CeilDiv(units, kGradientTile);
-  // The slopes are made anew for each item, at the price of a few rows.
+  const bool stream = arguments.dx != arguments.x && bytes > kStreamBytes &&
+                      pitch % 64 == 0 &&
+                      reinterpret_cast<uintptr_t>(arguments.dx) % 64 == 0;
+  if (stream) AdviseHugePages(arguments.dx, bytes);
+  const int64_t tiles = CeilDiv(units, kTile);
+  // What is needed of columns is made anew for each item, at the price of a few
+  // rows.
   const int64_t wanted = parallel.threads * kPartsPerThread;
   const int64_t item_rows =
       std::min(rows, std::max<int64_t>(32, CeilDiv(rows * tiles, wanted)));
-  const int64_t row_items = CeilDiv(rows, item_rows);
-  Run(parallel, row_items * tiles, bytes, [&](int64_t item) {
+  Run(parallel, CeilDiv(rows, item_rows) * tiles, bytes, [&](int64_t item) {
     const int64_t row = item / tiles * item_rows;
-    const int64_t column = item % tiles * kGradientTile;
-    loops.gradient(operands, row, std::min(item_rows, rows - row), column,
-                   std::min(kGradientTile, units - column), stream);
+    const int64_t column = item % tiles * kTile;
+    loops.gradient(problem, arguments,
+                   {row, std::min(item_rows, rows - row), column,
+                    std::min(kTile, units - column)},
+                   stream);
   });
-}
-
-int64_t EpilogueGradCpuWorkspace(DType dtype, const Epilogue& epilogue,
-                                 int64_t rows, int64_t units) {
-  if (epilogue.bias == nullptr) return 0;
-  return CeilDiv(rows, kSumRows) * units * LoopsFor(dtype).result_bytes;
-}
-
-void EpilogueGradCpu(const Parallel& parallel, DType dtype, const void* dy,
-                     const void* y, const Epilogue& epilogue, int64_t rows,
-                     int64_t units, const Formula& formula, const void* mean,
-                     const void* variance, const void* entropy_grad,
-                     void* workspace, void* dz, void* dbias) {
-  const CpuLoops& loops = LoopsFor(dtype);
-  const EpilogueOperands operands = {&epilogue, dy,   const_cast<void*>(y),
-                                     dz,        rows, units};
-  const GradientOperands statistics = {
-      y,        rows,         units,   &formula, mean,
-      variance, entropy_grad, nullptr, nullptr,  nullptr};
-  void* sums = epilogue.bias == nullptr ? nullptr : workspace;
-  const int64_t bytes = 2 * rows * units * loops.element_bytes;
-  const int64_t tiles = CeilDiv(units, kGradientTile);
-  const int64_t wanted = parallel.threads * kPartsPerThread;
-  const int64_t item_rows =
-      CeilDiv(CeilDiv(rows * tiles, wanted), kSumRows) * kSumRows;
-  const int64_t row_items = CeilDiv(rows, item_rows);
-  Run(parallel, row_items * tiles, bytes, [&](int64_t item) {
-    const int64_t row = item / tiles * item_rows;
-    const int64_t column = item % tiles * kGradientTile;
-    loops.epilogue_gradient(operands, statistics, row,
-                            std::min(item_rows, rows - row), column,
-                            std::min(kGradientTile, units - column), sums);
-  });
-  if (sums == nullptr) return;
-  const auto add = [&](auto* typed) {
-    AddSums(parallel, CeilDiv(rows, kSumRows) * (units / epilogue.channels),
-            epilogue.channels, typed);
-  };
-  if (loops.result_bytes == sizeof(double)) {
-    add(static_cast<double*>(sums));
-  } else {
-    add(static_cast<float*>(sums));
-  }
-  loops.round(sums, epilogue.channels, dbias);
 }
 
 }  // namespace lbe

@@ -3,15 +3,16 @@
 // The CPU loops over rows and columns, for one instruction set.
 //
 // CMake compiles this file once for each instruction set, with LBE_CPU_LOOPS
-// naming the table that it defines; cpu_dispatch.cc picks one at run time. All
+// naming the table that it defines; cpu_launch.cc picks one at run time. All
 // functions are local or always inlined, so that the linker never merges code
 // of different instruction sets.
 
-#include <immintrin.h>
+#include "cpu_loops.h"
 
 #include <algorithm>
+#include <type_traits>
 
-#include "cpu_kernels.h"
+#include "cpu_vectors.h"
 
 #ifndef LBE_CPU_LOOPS
 #error "LBE_CPU_LOOPS must name the table to define"
@@ -20,498 +21,361 @@
 namespace lbe {
 namespace {
 
-// A line of accumulators, which the compiler splits into what the instruction
-// set has. 64 bytes, so that 8 rows in the same cache set are each read once.
-constexpr int kLineBytes = 64;
-typedef float FloatLine __attribute__((vector_size(kLineBytes)));
-typedef double DoubleLine __attribute__((vector_size(kLineBytes)));
-typedef int32_t Int32Line __attribute__((vector_size(kLineBytes)));
-typedef int64_t Int64Line __attribute__((vector_size(kLineBytes)));
-typedef uint32_t Uint32Line __attribute__((vector_size(kLineBytes)));
-typedef uint64_t Uint64Line __attribute__((vector_size(kLineBytes)));
-typedef uint16_t Uint16Line __attribute__((vector_size(kLineBytes / 2)));
-
-}  // namespace
-
-template <>
-struct Integers<FloatLine> {
-  using type = Uint32Line;
-  LBE_MATH FloatLine Convert(const type& k) {
-    return __builtin_convertvector(BitCast<Int32Line>(k), FloatLine);
-  }
-};
-template <>
-struct Integers<DoubleLine> {
-  using type = Uint64Line;
-  LBE_MATH DoubleLine Convert(const type& k) {
-    return __builtin_convertvector(BitCast<Int64Line>(k), DoubleLine);
-  }
-};
-
-namespace {
-
-template <typename V>
-LBE_MATH V LoadLine(const void* from) {
-  V line;
-  __builtin_memcpy(&line, from, sizeof(line));
-  return line;
+constexpr int LogOfTwo(int64_t power) {
+  return power == 1 ? 0 : 1 + LogOfTwo(power / 2);
 }
 
-template <typename V>
-LBE_MATH void StoreLine(const V& line, void* to) {
-  __builtin_memcpy(to, &line, sizeof(line));
-}
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Elements widened to a line of accumulators, and a line rounded to elements.
-template <typename Element>
-struct Convert;
-
-template <>
-struct Convert<float> {
-  using Scalar = float;
-  using Line = FloatLine;
-  LBE_MATH FloatLine Load(const float* x) { return LoadLine<FloatLine>(x); }
-  LBE_MATH float LoadOne(const float* x) { return *x; }
-  LBE_MATH void Store(const FloatLine& line, float* x) { StoreLine(line, x); }
-};
-
-template <>
-struct Convert<double> {
-  using Scalar = double;
-  using Line = DoubleLine;
-  LBE_MATH DoubleLine Load(const double* x) { return LoadLine<DoubleLine>(x); }
-  LBE_MATH double LoadOne(const double* x) { return *x; }
-  LBE_MATH void Store(const DoubleLine& line, double* x) { StoreLine(line, x); }
-};
-
-template <>
-struct Convert<BFloat16> {
-  using Scalar = float;
-  using Line = FloatLine;
-  LBE_MATH FloatLine Load(const BFloat16* x) {
-    const auto bits = LoadLine<Uint16Line>(x);
-    return BitCast<FloatLine>(__builtin_convertvector(bits, Uint32Line) << 16);
-  }
-  LBE_MATH float LoadOne(const BFloat16* x) {
-    return BitCast<float>(static_cast<uint32_t>(x->bits) << 16);
-  }
-  LBE_MATH void Store(const FloatLine& line, BFloat16* x) {
-    const auto bits = BitCast<Uint32Line>(line);
-    // To nearest, ties to even; a NaN keeps its sign and stays a NaN.
-    const Uint32Line rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const Uint32Line nan = (bits >> 16) | 0x40;
-    const Uint32Line result = line == line ? rounded : nan;
-    StoreLine(__builtin_convertvector(result, Uint16Line), x);
-  }
-};
-
-template <>
-struct Convert<Half> {
-  using Scalar = float;
-  using Line = FloatLine;
-  LBE_MATH float LoadOne(const Half* x) {
-#if defined(__F16C__)
-    return _cvtsh_ss(x->bits);
-#else
-    Half padded[kLineBytes / sizeof(float)] = {*x};
-    return Load(padded)[0];
-#endif
-  }
-#if defined(__AVX512F__)
-  LBE_MATH FloatLine Load(const Half* x) {
-    return _mm512_cvtph_ps(LoadLine<__m256i>(x));
-  }
-  LBE_MATH void Store(const FloatLine& line, Half* x) {
-    StoreLine(_mm512_cvtps_ph(line, _MM_FROUND_TO_NEAREST_INT), x);
-  }
-#elif defined(__F16C__)
-  LBE_MATH FloatLine Load(const Half* x) {
-    const __m256 halves[2] = {_mm256_cvtph_ps(LoadLine<__m128i>(x)),
-                              _mm256_cvtph_ps(LoadLine<__m128i>(x + 8))};
-    return LoadLine<FloatLine>(halves);
-  }
-  LBE_MATH void Store(const FloatLine& line, Half* x) {
-    __m256 halves[2];
-    StoreLine(line, halves);
-    StoreLine(_mm256_cvtps_ph(halves[0], _MM_FROUND_TO_NEAREST_INT), x);
-    StoreLine(_mm256_cvtps_ph(halves[1], _MM_FROUND_TO_NEAREST_INT), x + 8);
-  }
-#else
-  LBE_MATH FloatLine Load(const Half* x) {
-    const auto bits =
-        __builtin_convertvector(LoadLine<Uint16Line>(x), Uint32Line);
-    const Uint32Line magnitude = bits & 0x7fff;
-    // Rebias the exponent from 15 to 127; Inf and NaN get the largest one.
-    const Uint32Line normal = (magnitude << 13) + (112u << 23);
-    const Uint32Line special = (magnitude << 13) | 0x7f800000;
-    // A subnormal is its mantissa times 2^-24: by arithmetic, since the
-    // processor may be flushing subnormal floats.
-    const FloatLine small =
-        __builtin_convertvector(BitCast<Int32Line>(magnitude), FloatLine) *
-        5.9604644775390625e-8f;
-    Uint32Line result = magnitude >= 0x7c00 ? special : normal;
-    result = magnitude < 0x400 ? BitCast<Uint32Line>(small) : result;
-    return BitCast<FloatLine>(result | ((bits & 0x8000) << 16));
-  }
-  LBE_MATH void Store(const FloatLine& line, Half* x) {
-    const auto bits = BitCast<Uint32Line>(line);
-    const Uint32Line magnitude = bits & 0x7fffffff;
-    // To nearest, ties to even. Normal: drop 13 bits of the mantissa. Below
-    // 2^-14: adding 1/2 leaves the subnormal's mantissa, rounded, in the lowest
-    // bits.
-    const Uint32Line normal =
-        (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
-    const Uint32Line small =
-        BitCast<Uint32Line>(BitCast<FloatLine>(magnitude) + 0.5f) - 0x3f000000;
-    const Uint32Line nan = (magnitude >> 13 & 0x3ff) | 0x7e00;
-    const Uint32Line infinity = Uint32Line{} + 0x7c00;
-    Uint32Line result = magnitude < 0x38800000 ? small : normal;
-    result = magnitude >= 0x477ff000 ? infinity : result;
-    result = magnitude > 0x7f800000 ? nan : result;
-    result |= (bits >> 16) & 0x8000;
-    StoreLine(__builtin_convertvector(result, Uint16Line), x);
-  }
-#endif
-};
-
-// 64 aligned bytes written around the caches.
-LBE_MATH void StreamLine(const void* line, void* to) {
-#if defined(__AVX512F__)
-  _mm512_stream_si512(static_cast<__m512i*>(to), LoadLine<__m512i>(line));
-#else
-  for (int i = 0; i < 4; ++i) {
-    _mm_stream_si128(static_cast<__m128i*>(to) + i,
-                     LoadLine<__m128i>(static_cast<const __m128i*>(line) + i));
-  }
-#endif
-}
-
-template <typename Element>
+template <typename Element, typename Scalar>
 struct Loops {
-  using Scalar = typename Convert<Element>::Scalar;
-  using Line = typename Convert<Element>::Line;
-  static constexpr int64_t kLanes = kLineBytes / sizeof(Scalar);
-  // Rows of the tree's lowest node that is made in registers: two leaves, or
-  // one where y is written besides and rows are a multiple of this many bytes
-  // apart. A set of the first cache then holds no more lines than that.
-  static constexpr int kChunkRows = 2 * kLeafRows;
-  static constexpr int64_t kSetBytes = 4096;
-  // While one segment of a chunk's rows is worked on, the next one is fetched,
-  // row by row: memory is read in longer runs than by 16 rows in turn, of which
-  // the processor's own prefetcher loses track at every page.
-  static constexpr int64_t kSegmentBytes = 1024;
-  static constexpr int64_t kSegment = kSegmentBytes / sizeof(Element);
+  using V = typename Convert<Element>::Vector;
+  static constexpr int64_t kLanes = kVectorBytes / sizeof(Scalar);
+  static constexpr int64_t kLine = kLineBytes / sizeof(Element);
+  // Columns of a leaf that are worked on at once: what is made of them stays in
+  // the first cache.
+  static constexpr int64_t kSegment = 1024 / sizeof(Scalar);
+  // How far behind the reading of contiguous rows what is fetched begins.
+  static constexpr int64_t kAheadBytes = 64 << 10;
+  static constexpr int64_t kCachedBytes = 1 << 20;
+  static constexpr int64_t kRowByRow = 8192 / sizeof(Scalar);
+  // Rows so short that this many leaves of them fit into the first cache.
+  static constexpr int64_t kShortRowBytes = 512;
+  static constexpr int kShortRowLevel = 3;
+  static constexpr int64_t kShortRowLeaves = 1 << kShortRowLevel;
 
-  // `columns` < kLanes elements; the other lanes are 0.
-  static Line LoadPart(const Element* x, int64_t columns) {
+  // `width` < kLanes elements; the other lanes are 0.
+  static V LoadPart(const Element* x, int64_t width) {
     Element padded[kLanes] = {};
-    __builtin_memcpy(padded, x, columns * sizeof(Element));
+    __builtin_memcpy(padded, x, width * sizeof(Element));
     return Convert<Element>::Load(padded);
   }
-
-  static void StorePart(const Line& line, int64_t columns, Element* x) {
+  static void StorePart(const V& vector, int64_t width, Element* x) {
     Element padded[kLanes];
-    Convert<Element>::Store(line, padded);
-    __builtin_memcpy(x, padded, columns * sizeof(Element));
+    Convert<Element>::Store(vector, padded);
+    __builtin_memcpy(x, padded, width * sizeof(Element));
   }
 
-  // Reads and writes lines of a result, of which the last may be short.
-  LBE_MATH Line LoadResult(const void* from, int64_t column, int64_t columns) {
+  // Reads and writes vectors of a result, of which the last may be short.
+  LBE_MATH V LoadResult(const void* from, int64_t column, int64_t columns) {
     const Scalar* p = static_cast<const Scalar*>(from) + column;
-    if (column + kLanes <= columns) return LoadLine<Line>(p);
-    Line line = {};
-    __builtin_memcpy(&line, p, (columns - column) * sizeof(Scalar));
-    return line;
+    if (column + kLanes <= columns) return LoadVector<V>(p);
+    V vector = {};
+    __builtin_memcpy(&vector, p, (columns - column) * sizeof(Scalar));
+    return vector;
   }
-  LBE_MATH void StoreResult(const Line& line, int64_t column, int64_t columns,
+  LBE_MATH void StoreResult(const V& vector, int64_t column, int64_t columns,
                             void* to) {
     Scalar* p = static_cast<Scalar*>(to) + column;
-    if (column + kLanes <= columns) return StoreLine(line, p);
-    __builtin_memcpy(p, &line, (columns - column) * sizeof(Scalar));
+    if (column + kLanes <= columns) return StoreVector(vector, p);
+    __builtin_memcpy(p, &vector, (columns - column) * sizeof(Scalar));
   }
 
-  // Columns of x as they stand in memory: a line of them, a short one, or one.
-  struct FullColumns {
-    const Element* x;
-    Line Load(int64_t at) const { return Convert<Element>::Load(x + at); }
-    static Line Keep(const Line& line, int64_t) { return line; }
+  // Moments of columns; what has no name of its own has room for this many.
+  template <int64_t kColumns>
+  struct Node {
+    alignas(kLineBytes) Scalar mean[kColumns];
+    alignas(kLineBytes) Scalar m2[kColumns];
   };
-  struct FewColumns {
-    const Element* x;
-    int64_t width;
-    Line Load(int64_t at) const { return LoadPart(x + at, width); }
-    static Line Keep(const Line& line, int64_t) { return line; }
-  };
-  struct OneColumn {
-    const Element* x;
-    Scalar Load(int64_t at) const { return Convert<Element>::LoadOne(x + at); }
-    static Scalar Keep(Scalar value, int64_t) { return value; }
-  };
-  // Columns of y, made of those of z.
+
+  // The node over 2^kLevel leaves of a vector of columns at x; calls before()
+  // before each of them.
+  template <int kLevel, typename Before>
+  LBE_MATH Moments<V> NodeAt(const Element* x, int64_t stride,
+                             const Before& before) {
+    if constexpr (kLevel == 0) {
+      using From = Convert<Element>;
+      before();
+      V values[kLeafRows] = {From::Load(x),
+                             From::Load(x + stride),
+                             From::Load(x + 2 * stride),
+                             From::Load(x + 3 * stride),
+                             From::Load(x + 4 * stride),
+                             From::Load(x + 5 * stride),
+                             From::Load(x + 6 * stride),
+                             From::Load(x + 7 * stride)};
+      KeepInRegisters(values[0], values[1], values[2], values[3], values[4],
+                      values[5], values[6], values[7]);
+      return LeafMoments<Scalar>(values, kLeafRows);
+    } else {
+      constexpr int64_t kHalf = int64_t{kLeafRows} << (kLevel - 1);
+      Moments<V> upper = NodeAt<kLevel - 1>(x, stride, before);
+      KeepInRegisters(upper.mean, upper.m2);
+      return Merge(upper,
+                   NodeAt<kLevel - 1>(x + kHalf * stride, stride, before),
+                   WeightsOf<Scalar>(kHalf, kHalf));
+    }
+  }
+
+  // The nodes over 2^kLevel full leaves at x of `columns` >= kLanes columns.
+  // Not inlined: in a function of its own the loop keeps its registers.
+  //
+  // Unless `next` is null, fetches as many bytes into the second cache, from
+  // `next` on in rows of which the first ends at `row_end`, `gap` bytes before
+  // the next one starts. Eight rows in turn are more than the processor's own
+  // prefetcher follows, and memory is read fastest in its own order. Not into
+  // the first cache, where rows that are a multiple of 4 KB apart share a set;
+  // and a few lines at a time, since a processor drops what it cannot begin.
+  template <int kLevel>
+  __attribute__((noinline)) static void FullLeaves(
+      const Element* x, int64_t stride, int64_t columns, Scalar* mean,
+      Scalar* m2, const char* next, const char* row_end, int64_t gap) {
+    const int64_t row_bytes = stride * sizeof(Element) - gap;
+    const auto fetch = [&]() __attribute__((always_inline)) {
+      if (next == nullptr) return;
+      constexpr int64_t kFetched = kLeafRows * kLanes * sizeof(Element);
+      for (int64_t at = 0; at < kFetched; at += kLineBytes) {
+        _mm_prefetch(next + at, _MM_HINT_T1);
+      }
+      next += kFetched;
+      if (next >= row_end) {
+        next = row_end + gap;
+        row_end = next + row_bytes;
+      }
+    };
+    int64_t c = 0;
+    for (; c + kLanes <= columns; c += kLanes) {
+      const Moments<V> node = NodeAt<kLevel>(x + c, stride, fetch);
+      StoreVector(node.mean, mean + c);
+      StoreVector(node.m2, m2 + c);
+    }
+    if (c < columns) {
+      // The last vector has columns of the one before: the same values again.
+      c = columns - kLanes;
+      const Moments<V> node = NodeAt<kLevel>(x + c, stride, [] {});
+      StoreVector(node.mean, mean + c);
+      StoreVector(node.m2, m2 + c);
+    }
+  }
+
+  // The same for fewer rows.
+  static void ShortLeaf(const Element* x, int64_t stride, int rows,
+                        int64_t columns, Scalar* mean, Scalar* m2) {
+    for (int64_t begin = 0; begin < columns; begin += kLanes) {
+      const int64_t c = std::min(begin, columns - kLanes);
+      V values[kLeafRows] = {};
+      for (int r = 0; r < rows; ++r) {
+        values[r] = Convert<Element>::Load(x + r * stride + c);
+      }
+      const auto moments = LeafMoments<Scalar>(values, rows);
+      StoreVector(moments.mean, mean + c);
+      StoreVector(moments.m2, m2 + c);
+    }
+  }
+
+  // The same for all of `columns` < kLanes columns, where rows are contiguous:
+  // a vector goes on into the rows that follow, of which `whole` are there for
+  // that. Writes kLanes columns.
+  static void NarrowLeaf(const Element* x, int rows, int64_t columns,
+                         int64_t whole, Scalar* mean, Scalar* m2) {
+    V values[kLeafRows] = {};
+    for (int r = 0; r < rows; ++r) {
+      values[r] = r < whole ? Convert<Element>::Load(x + r * columns)
+                            : LoadPart(x + r * columns, columns);
+    }
+    const Moments<V> moments = LeafMoments<Scalar>(values, rows);
+    StoreVector(moments.mean, mean);
+    StoreVector(moments.m2, m2);
+  }
+
+  // The merge of the moments of columns, to where those of b may be, too.
+  __attribute__((noinline)) static void MergeColumns(
+      const Scalar* a_mean, const Scalar* a_m2, const Scalar* b_mean,
+      const Scalar* b_m2, const MergeWeights<Scalar>& weights, int64_t columns,
+      Scalar* mean, Scalar* m2) {
+    const auto one = [&](int64_t c, auto load,
+                         auto store) __attribute__((always_inline)) {
+      const auto merged =
+          Merge<Scalar, V>({load(a_mean, c), load(a_m2, c)},
+                           {load(b_mean, c), load(b_m2, c)}, weights);
+      store(merged.mean, c, mean);
+      store(merged.m2, c, m2);
+    };
+    int64_t c = 0;
+    for (; c + kLanes <= columns; c += kLanes) {
+      one(
+          c, [](const Scalar* p, int64_t at) { return LoadVector<V>(p + at); },
+          [](const V& v, int64_t at, Scalar* p) { StoreVector(v, p + at); });
+    }
+    if (c < columns) {
+      one(
+          c,
+          [&](const Scalar* p, int64_t at) {
+            return LoadResult(p, at, columns);
+          },
+          [&](const V& v, int64_t at, Scalar* p) {
+            StoreResult(v, at, columns, p);
+          });
+    }
+  }
+
+  using Stack = Node<kTile + kGroupUnits>;
+  static constexpr int kLevels = LogOfTwo(kPartRows / kLeafRows);
+
+  // Rows of y = activation(z + bias), with the bias in the type of the results.
+  using ActivateRows = void (*)(const Element* z, Element* y, int64_t stride,
+                                int64_t rows, int64_t columns,
+                                const Scalar* bias, Scalar slope);
+
   template <Activation kActivation>
-  struct MadeColumns {
-    const Element* z;
-    Element* y;
-    Line bias;
-    Scalar alpha;
-    __attribute__((always_inline)) Line Load(int64_t at) const {
-      return Activate<kActivation>(Convert<Element>::Load(z + at) + bias,
-                                   alpha);
-    }
-    __attribute__((always_inline)) Line Keep(const Line& line,
-                                             int64_t at) const {
-      Convert<Element>::Store(line, y + at);
-      if constexpr (sizeof(Element) == sizeof(Scalar)) return line;
-      return Convert<Element>::Load(y + at);  // rounded
-    }
-  };
-
-  // Moments of `rows` <= kLeafRows rows of columns at an offset.
-  template <typename Columns>
-  LBE_MATH auto Leaf(const Columns& columns, int64_t at, int64_t stride,
-                     int rows) {
-    decltype(columns.Load(at)) values[kLeafRows] = {};
-    // All are read before one is written: a processor waits where a row is read
-    // that is a multiple of 4 KB behind one being written.
-    for (int r = 0; r < kLeafRows; ++r) {
-      if (r < rows) values[r] = columns.Load(at + r * stride);
-    }
-    for (int r = 0; r < kLeafRows; ++r) {
-      if (r < rows) values[r] = columns.Keep(values[r], at + r * stride);
-    }
-    return LeafMoments<Scalar>(values, rows);
-  }
-
-  // The same over `rows` <= kChunkRows rows.
-  template <typename Columns>
-  LBE_MATH auto Chunk(const Columns& columns, int64_t at, int64_t stride,
-                      int rows) {
-    if (rows <= kLeafRows) return Leaf(columns, at, stride, rows);
-    return Merge(
-        Leaf(columns, at, stride, kLeafRows),
-        Leaf(columns, at + kLeafRows * stride, stride, rows - kLeafRows),
-        WeightsOf<Scalar>(kLeafRows, rows - kLeafRows));
-  }
-
-  // The same for `width` < kLanes columns of x: few of them one by one, since a
-  // line would be filled piece by piece.
-  static Moments<Line> NarrowChunk(const Element* x, int64_t stride, int rows,
-                                   int64_t width) {
-    constexpr int64_t kFew = 4;
-    if (width > kFew) return Chunk(FewColumns{x, width}, 0, stride, rows);
-    Moments<Line> line = {};
-    for (int64_t c = 0; c < width; ++c) {
-      const auto moments = Chunk(OneColumn{x}, c, stride, rows);
-      line.mean[c] = moments.mean;
-      line.m2[c] = moments.m2;
-    }
-    return line;
-  }
-
-  // The share of column c in fetching the segment after that of c.
-  template <int kRows>
-  LBE_MATH void Prefetch(const Element* x, int64_t units, int64_t c,
-                         int64_t columns) {
-    constexpr int64_t kSteps = kSegment / kLanes;
-    constexpr int64_t kLines = kSegmentBytes / kLineBytes;
-    constexpr int64_t kShare = kRows * kLines / kSteps;
-    const int64_t next = (c / kSegment + 1) * kSegment;
-    const Element* from = next < columns ? x + next : x + kRows * units;
-    const int64_t first = c / kLanes % kSteps * kShare;
-    const auto* row =
-        reinterpret_cast<const char*>(from + first / kLines * units);
-    for (int64_t line = 0; line < kShare; ++line) {
-      _mm_prefetch(row + (first % kLines + line) * kLineBytes, _MM_HINT_T0);
-    }
-  }
-
-  // A line of the bias for columns [column, column + kLanes): the channels of a
-  // position are side by side, those of the next one follow.
-  LBE_MATH Line BiasLine(const Element* bias, int64_t channels, int64_t column,
-                         int64_t columns) {
-    const int64_t channel = column % channels;
-    if (channel + columns <= channels) {
-      return columns == kLanes ? Convert<Element>::Load(bias + channel)
-                               : LoadPart(bias + channel, columns);
-    }
-    Element line[kLanes] = {};
-    for (int64_t i = 0; i < columns; ++i) {
-      line[i] = bias[(channel + i) % channels];
-    }
-    return Convert<Element>::Load(line);
-  }
-
-  // Rows and columns of y = activation(z + bias).
-  template <Activation kActivation>
-  static void MakeYWith(const EpilogueOperands& o, int64_t row, int64_t rows,
-                        int64_t column, int64_t columns) {
-    const Element* bias = static_cast<const Element*>(o.epilogue->bias);
-    const Scalar alpha = static_cast<Scalar>(o.epilogue->alpha);
-    const Element* z = static_cast<const Element*>(o.z);
-    Element* y = static_cast<Element*>(o.y);
-    // Column by column: a line of the bias serves all rows of a chunk.
-    for (int64_t c = column; c < column + columns; c += kLanes) {
-      const int64_t width = std::min(kLanes, column + columns - c);
-      const Line b = bias == nullptr
-                         ? Line{}
-                         : BiasLine(bias, o.epilogue->channels, c, width);
-      for (int64_t r = row; r < row + rows; ++r) {
-        const int64_t at = r * o.units + c;
-        if (width == kLanes) {
-          Convert<Element>::Store(
-              Activate<kActivation>(Convert<Element>::Load(z + at) + b, alpha),
-              y + at);
-        } else {
-          StorePart(Activate<kActivation>(LoadPart(z + at, width) + b, alpha),
-                    width, y + at);
-        }
+  static void Activated(const Element* z, Element* y, int64_t stride,
+                        int64_t rows, int64_t columns, const Scalar* bias,
+                        Scalar slope) {
+    for (int64_t row = 0; row < rows; ++row, z += stride, y += stride) {
+      int64_t c = 0;
+      for (; c + kLanes <= columns; c += kLanes) {
+        const V sum = Convert<Element>::Load(z + c) + LoadVector<V>(bias + c);
+        Convert<Element>::Store(Activate<kActivation>(sum, slope), y + c);
+      }
+      if (c < columns) {
+        const V sum = LoadPart(z + c, columns - c) + LoadVector<V>(bias + c);
+        StorePart(Activate<kActivation>(sum, slope), columns - c, y + c);
       }
     }
   }
 
-  // Where the activations come from. `from` is what At's columns read, `y` has
-  // the activations of a short line once BeginNarrow was called. From memory,
-  struct Activations {
-    const Element* from;
-    const Element* y;
-
-    void Begin(int64_t, int64_t) const {}
-    void BeginNarrow(int64_t, int64_t, int64_t, int64_t) const {}
-    FullColumns At(int64_t) const { return {from}; }
-  };
-
-  // or an epilogue, which makes and stores them, a chunk of rows at a time,
-  // which then is read where it stays in the caches,
-  template <Activation kActivation>
-  struct MadeInMemory : Activations {
-    const EpilogueOperands& operands;
-    int64_t row;
-    int64_t column;
-    int64_t columns;
-
-    void Begin(int64_t first, int64_t rows) const {
-      MakeYWith<kActivation>(operands, row + first, rows, column, columns);
-    }
-  };
-
-  // or line by line, on their way into the moments.
-  template <Activation kActivation>
-  struct MadeInRegisters : MadeInMemory<kActivation> {
-    void Begin(int64_t, int64_t) const {}
-    void BeginNarrow(int64_t first, int64_t rows, int64_t c,
-                     int64_t width) const {
-      MakeYWith<kActivation>(this->operands, this->row + first, rows,
-                             this->column + c, width);
-    }
-    MadeColumns<kActivation> At(int64_t c) const {
-      const Epilogue& epilogue = *this->operands.epilogue;
-      const Element* bias = static_cast<const Element*>(epilogue.bias);
-      return {this->from, const_cast<Element*>(this->y),
-              bias == nullptr
-                  ? Line{}
-                  : BiasLine(bias, epilogue.channels, this->column + c, kLanes),
-              static_cast<Scalar>(epilogue.alpha)};
-    }
-  };
-
-  static void MomentsOf(const void* x, const EpilogueOperands* operands,
-                        int64_t units, int64_t row, int64_t rows,
-                        int64_t column, int64_t columns, void* mean, void* m2) {
-    const int64_t first = row * units + column;
-    const Element* y = static_cast<const Element*>(x) + first;
-    if (operands == nullptr) {
-      return MomentsFrom<kChunkRows>(Activations{y, y}, units, rows, columns,
-                                     mean, m2);
-    }
-    const Element* z = static_cast<const Element*>(operands->z) + first;
-    switch (operands->epilogue->activation) {
-#define LBE_ACTIVATION(name, keras_name)                                       \
-  case Activation::name:                                                       \
-    if constexpr (IsCheap(Activation::name)) {                                 \
-      using Made = MadeInRegisters<Activation::name>;                          \
-      const Made made{{{z, y}, *operands, row, column, columns}};              \
-      const auto run = units * sizeof(Element) % kSetBytes == 0                \
-                           ? MomentsFrom<kLeafRows, Made>                      \
-                           : MomentsFrom<kChunkRows, Made>;                    \
-      return run(made, units, rows, columns, mean, m2);                        \
-    } else {                                                                   \
-      using Made = MadeInMemory<Activation::name>;                             \
-      return MomentsFrom<kChunkRows>(                                          \
-          Made{{y, y}, *operands, row, column, columns}, units, rows, columns, \
-          mean, m2);                                                           \
-    }
+  static ActivateRows ActivatedBy(Activation activation) {
+    switch (activation) {
+#define LBE_ACTIVATION(name, keras_name) \
+  case Activation::name:                 \
+    return Activated<Activation::name>;
       LBE_FOR_EACH_ACTIVATION(LBE_ACTIVATION)
 #undef LBE_ACTIVATION
     }
+    __builtin_unreachable();
   }
 
-  static constexpr int LogOfTwo(int64_t power) {
-    return power == 1 ? 0 : 1 + LogOfTwo(power / 2);
+  // The bias of columns [column, column + columns): the channels of a position
+  // are side by side, those of the next one follow. Zeros where there is none.
+  static void BiasOf(const Epilogue& epilogue, int64_t column, int64_t columns,
+                     Scalar* bias) {
+    const Element* from = static_cast<const Element*>(epilogue.bias);
+    const int64_t channels = from == nullptr ? 1 : epilogue.channels;
+    const Element zero = {};
+    if (from == nullptr) from = &zero;
+    int64_t channel = column % channels;
+    for (int64_t c = 0; c < columns;) {
+      const int64_t width = std::min({kLanes, columns - c, channels - channel});
+      StoreVector(LoadPart(from + channel, width), bias + c);
+      c += width;
+      channel = (channel + width) % channels;
+    }
   }
 
-  // The tree, leaf by leaf, as a binary counter: level l of `stack` holds the
-  // node over the latest 2^l full chunks, where bit l of the count of chunks is
-  // set. A chunk merges with the nodes that it completes while it is in
-  // registers, and the last one with all that are left.
-  template <int kRows, typename Source>
-  static void MomentsFrom(const Source& source, int64_t units, int64_t rows,
-                          int64_t columns, void* mean, void* m2) {
-    struct Node {
-      Line mean[kTile / kLanes];
-      Line m2[kTile / kLanes];
+  static void MomentsOf(const Problem& problem,
+                        const ForwardArguments& arguments, const Block& block,
+                        void* mean, void* m2) {
+    const int64_t units = problem.units;
+    const int64_t rows = block.rows;
+    const int64_t columns = block.columns;
+    const int64_t first = block.row * units + block.column;
+    const Epilogue* const epilogue = arguments.epilogue;
+    const Element* const z = static_cast<const Element*>(arguments.x) + first;
+    Element* const made = static_cast<Element*>(arguments.y) + first;
+    const Element* const y = epilogue == nullptr ? z : made;
+    ActivateRows activate = nullptr;
+    alignas(kLineBytes) Scalar bias[kTile + 2 * kGroupUnits];
+    if (epilogue != nullptr) {
+      activate = ActivatedBy(epilogue->activation);
+      BiasOf(*epilogue, block.column, columns, bias);
+    }
+    const auto bytes = [](int64_t elements) {
+      return elements * static_cast<int64_t>(sizeof(Element));
     };
-    constexpr int kLevels = LogOfTwo(kPartRows / kRows);
-    alignas(kLineBytes) Node stack[kLevels];
-    for (int64_t chunk = 0; chunk * kRows < rows; ++chunk) {
-      const int64_t at = chunk * kRows * units;
-      const int64_t rest = rows - chunk * kRows;
-      const bool last = rest <= kRows;
-      const int chunk_rows = last ? static_cast<int>(rest) : kRows;
-      int level = 0;
-      int merges = 0;
-      const Node* left[kLevels];
-      MergeWeights<Scalar> weights[kLevels];
-      for (int64_t merged = chunk_rows; chunk >> level != 0; ++level) {
-        if ((chunk >> level & 1) == 0) {
-          if (last) continue;
-          break;
+    const bool contiguous = columns == units;
+    // What is so small lies in the second cache, as a rule: something has just
+    // made it.
+    const bool fetches = bytes(problem.rows * units) > kCachedBytes;
+    const int64_t ahead =
+        std::max<int64_t>(kAheadBytes - bytes(kLeafRows * units), 0);
+    // The tree, leaf by leaf, as a binary counter: level l of the stack holds
+    // the node over the latest 2^l full leaves, where bit l of the count of
+    // leaves is set. A leaf merges with the nodes that it completes, and the
+    // last one with all that are left:
+    //
+    //   leaf  0     1       2     3           4     (last)
+    //   bits  000   001     010   011         100
+    //   node  0     01      2     23, 0123    4, 01234
+    Stack stack[kLevels];
+    Node<2 * kSegment> node;
+    // The last segment has what is left of fewer than kSegment columns besides.
+    const int64_t segments = std::max<int64_t>(1, columns / kSegment);
+    // Short rows are worked on four leaves at a time, as long as there are
+    // four.
+    const bool short_rows =
+        contiguous && columns >= kLanes && bytes(columns) <= kShortRowBytes;
+    int64_t leaves = 1;
+    for (int64_t leaf = 0; leaf * kLeafRows < rows; leaf += leaves) {
+      const int64_t rest = rows - leaf * kLeafRows;
+      const int level = short_rows && leaf % kShortRowLeaves == 0 &&
+                                rest >= kShortRowLeaves * kLeafRows
+                            ? kShortRowLevel
+                            : 0;
+      leaves = 1 << level;
+      const bool last = rest <= leaves * kLeafRows;
+      const int64_t node_rows = std::min(rest, leaves * kLeafRows);
+      const int merges =
+          last ? __builtin_popcountll(leaf)
+               : __builtin_ctzll(~static_cast<uint64_t>(leaf >> level));
+      Scalar* const to_mean =
+          last ? static_cast<Scalar*>(mean) : stack[level + merges].mean;
+      Scalar* const to_m2 =
+          last ? static_cast<Scalar*>(m2) : stack[level + merges].m2;
+      const int64_t at = leaf * kLeafRows * units;
+      for (int64_t segment = 0; segment < segments; ++segment) {
+        const int64_t begin = segment * kSegment;
+        const int64_t width =
+            segment + 1 == segments ? columns - begin : kSegment;
+        if (activate != nullptr) {
+          activate(z + at + begin, made + at + begin, units, node_rows, width,
+                   bias + begin, static_cast<Scalar>(epilogue->slope));
         }
-        const int64_t left_rows = int64_t{kRows} << level;
-        left[merges] = &stack[level];
-        weights[merges++] = WeightsOf<Scalar>(left_rows, merged);
-        merged += left_rows;
-      }
-      const auto merge_up = [&](Moments<Line> node,
-                                int64_t line) __attribute__((always_inline)) {
-        for (int m = 0; m < merges; ++m) {
-          node = Merge(Moments<Line>{left[m]->mean[line], left[m]->m2[line]},
-                       node, weights[m]);
-        }
-        if (last) {
-          StoreResult(node.mean, line * kLanes, columns, mean);
-          StoreResult(node.m2, line * kLanes, columns, m2);
+        const bool narrow = columns < kLanes;
+        const bool to_node = merges > 0 || narrow;
+        Scalar* const node_mean = to_node ? node.mean : to_mean + begin;
+        Scalar* const node_m2 = to_node ? node.m2 : to_m2 + begin;
+        if (narrow) {
+          // Vectors may not go beyond the last row of this block.
+          NarrowLeaf(y + at, static_cast<int>(node_rows), columns,
+                     rest + 1 - CeilDiv(kLanes, columns), node_mean, node_m2);
+        } else if (node_rows >= kLeafRows) {
+          // Of the rows to come as many bytes as this segment has.
+          const int64_t offset = bytes(kLeafRows * begin);
+          const int64_t row = contiguous ? 0 : offset / bytes(columns);
+          const char* const row_start =
+              reinterpret_cast<const char*>(z + at + (kLeafRows + row) * units);
+          const auto run =
+              level == 0 ? FullLeaves<0> : FullLeaves<kShortRowLevel>;
+          run(y + at + begin, units, width, node_mean, node_m2,
+              !fetches     ? nullptr
+              : contiguous ? row_start + ahead + offset
+                           : row_start + offset % bytes(columns),
+              contiguous ? row_start + bytes(rows * units)
+                         : row_start + bytes(columns),
+              bytes(units - columns));
         } else {
-          stack[level].mean[line] = node.mean;
-          stack[level].m2[line] = node.m2;
+          ShortLeaf(y + at + begin, units, static_cast<int>(node_rows), width,
+                    node_mean, node_m2);
         }
-      };
-      source.Begin(chunk * kRows, chunk_rows);
-      int64_t c = 0;
-      if (chunk_rows == kRows) {
-        for (; c + kLanes <= columns; c += kLanes) {
-          if (columns >= kSegment) {
-            Prefetch<kRows>(source.from + at, units, c, columns);
-          }
-          merge_up(Chunk(source.At(c), at + c, units, kRows), c / kLanes);
+        // The stack has room for whole vectors, the results have not.
+        const int64_t whole = CeilDiv(width, kLanes) * kLanes;
+        int64_t merged = node_rows;
+        for (int l = level, left = merges; left > 0; ++l) {
+          if ((leaf >> l & 1) == 0) continue;
+          const bool is_last_merge = --left == 0;
+          const int64_t left_rows = int64_t{kLeafRows} << l;
+          MergeColumns(stack[l].mean + begin, stack[l].m2 + begin, node.mean,
+                       node.m2, WeightsOf<Scalar>(left_rows, merged),
+                       is_last_merge && last ? width : whole,
+                       is_last_merge ? to_mean + begin : node.mean,
+                       is_last_merge ? to_m2 + begin : node.m2);
+          merged += left_rows;
         }
-      }
-      for (; c + kLanes <= columns; c += kLanes) {
-        merge_up(Chunk(source.At(c), at + c, units, chunk_rows), c / kLanes);
-      }
-      if (c < columns) {
-        source.BeginNarrow(chunk * kRows, chunk_rows, c, columns - c);
-        merge_up(NarrowChunk(source.y + at + c, units, chunk_rows, columns - c),
-                 c / kLanes);
+        if (narrow && merges == 0) {
+          const int64_t count = last ? columns : kLanes;
+          std::copy_n(node.mean, count, to_mean);
+          std::copy_n(node.m2, count, to_m2);
+        }
       }
     }
   }
@@ -519,213 +383,278 @@ struct Loops {
   static void MergeInto(int64_t a_rows, int64_t b_rows, int64_t columns,
                         const void* b_mean, const void* b_m2, void* mean,
                         void* m2) {
-    const auto weights = WeightsOf<Scalar>(a_rows, b_rows);
-    for (int64_t c = 0; c < columns; c += kLanes) {
-      const auto merged = Merge<Scalar, Line>(
-          {LoadResult(mean, c, columns), LoadResult(m2, c, columns)},
-          {LoadResult(b_mean, c, columns), LoadResult(b_m2, c, columns)},
-          weights);
-      StoreResult(merged.mean, c, columns, mean);
-      StoreResult(merged.m2, c, columns, m2);
-    }
+    Scalar* const to_mean = static_cast<Scalar*>(mean);
+    Scalar* const to_m2 = static_cast<Scalar*>(m2);
+    MergeColumns(to_mean, to_m2, static_cast<const Scalar*>(b_mean),
+                 static_cast<const Scalar*>(b_m2),
+                 WeightsOf<Scalar>(a_rows, b_rows), columns, to_mean, to_m2);
   }
 
-  static void Finish(int64_t rows, int64_t columns, const Formula& formula,
-                     void* m2, double* group_sums) {
-    const auto factors = EntropyFactorsOf<Scalar>(formula);
+  static void Finish(const Problem& problem, int64_t columns, void* m2,
+                     double* group_sums) {
+    const auto factors = EntropyFactorsOf<Scalar>(problem.formula);
     for (int64_t group = 0; group < columns; group += kGroupUnits) {
-      double entropies[kGroupUnits] = {};
+      alignas(kLineBytes) Scalar entropies[kGroupUnits] = {};
       for (int64_t i = 0; i < kGroupUnits && group + i < columns; i += kLanes) {
         const int64_t c = group + i;
-        const Line variance =
-            Variance<Scalar>(LoadResult(m2, c, columns), rows, formula);
+        const V variance = Variance<Scalar>(LoadResult(m2, c, columns),
+                                            problem.rows, problem.formula);
         StoreResult(variance, c, columns, m2);
-        const Line entropy = UnitEntropy<Scalar>(variance, factors);
-        for (int64_t lane = 0; lane < kLanes && c + lane < columns; ++lane) {
-          entropies[i + lane] = entropy[lane];
-        }
+        StoreVector(UnitEntropy<Scalar>(variance, factors), entropies + i);
       }
-      group_sums[group / kGroupUnits] = SumHalves<kGroupUnits>(entropies);
+      double values[kGroupUnits];
+      for (int64_t i = 0; i < kGroupUnits; ++i) {
+        values[i] = group + i < columns ? entropies[i] : 0;
+      }
+      group_sums[group / kGroupUnits] = SumHalves<kGroupUnits>(values);
     }
   }
 
-  template <bool kStream, bool kOffset>
-  static void GradientRows(const Element* x, int64_t stride, int64_t rows,
-                           int64_t columns, const Line* mean, const Line* slope,
-                           const Line* offset, Element* dx) {
-    const auto gradient =
-        [&](int64_t line, const Line& value) __attribute__((always_inline)) {
-          if constexpr (kOffset) {
-            return UnitGradient(value, mean[line], slope[line], offset[line]);
-          } else {
-            return UnitGradient(value, mean[line], slope[line]);
-          }
-        };
-    // Elements that fill a cache line: two lines of accumulators for half
-    // types.
-    constexpr int64_t kStep = kStream ? kLineBytes / sizeof(Element) : kLanes;
-    for (int64_t row = 0; row < rows; ++row, x += stride, dx += stride) {
-      int64_t c = 0;
-      for (; c + kStep <= columns; c += kStep) {
-        if constexpr (kStream) {
-          alignas(kLineBytes) Element out[kStep];
-          for (int64_t part = 0; part < kStep; part += kLanes) {
-            Convert<Element>::Store(
-                gradient((c + part) / kLanes,
-                         Convert<Element>::Load(x + c + part)),
-                out + part);
-          }
-          StreamLine(out, dx + c);
+  // What a gradient needs of each column.
+  struct Columns {
+    alignas(kLineBytes) Scalar mean[kTile + kGroupUnits];
+    alignas(kLineBytes) Scalar reciprocal[kTile + kGroupUnits];
+    alignas(kLineBytes)
+        Scalar slope[kTile + kGroupUnits];  // with gradients of statistics
+    alignas(kLineBytes)
+        Scalar offset[kTile + kGroupUnits];  // with gradients of statistics
+    Scalar share;
+
+    Columns(const Problem& problem, const GradientArguments& arguments,
+            const Block& block) {
+      const auto factors = GradientFactorsOf<Scalar>(
+          problem.rows, problem.units, problem.formula);
+      share = EntropyShare(*static_cast<const Scalar*>(arguments.entropy_grad),
+                           factors);
+      const int64_t end = block.column + block.columns;
+      for (int64_t c = 0; c < block.columns; c += kLanes) {
+        const int64_t column = block.column + c;
+        StoreVector(LoadResult(arguments.mean, column, end), mean + c);
+        StoreVector(
+            Reciprocal(LoadResult(arguments.variance, column, end), factors),
+            reciprocal + c);
+        if (arguments.mean_grad == nullptr) continue;
+        StoreVector(
+            VarianceSlope(LoadResult(arguments.variance_grad, column, end),
+                          factors),
+            slope + c);
+        StoreVector(
+            MeanOffset(LoadResult(arguments.mean_grad, column, end), factors),
+            offset + c);
+      }
+    }
+
+    // The gradient with respect to values of columns [c, c + kLanes).
+    template <bool kStatistics>
+    __attribute__((always_inline)) auto At(int64_t c) const {
+      return [share = share, mean = LoadVector<V>(mean + c),
+              reciprocal = LoadVector<V>(reciprocal + c),
+              slope = kStatistics ? LoadVector<V>(slope + c) : V{},
+              offset = kStatistics ? LoadVector<V>(offset + c) : V{}](
+                 const V& x) __attribute__((always_inline)) {
+        if constexpr (kStatistics) {
+          return UnitGradient(x, mean, reciprocal, share, slope, offset);
         } else {
+          return UnitGradient(x, mean, reciprocal, share);
+        }
+      };
+    }
+  };
+
+  // Whether rows are read and written one after the other. What is needed of
+  // their columns must then stay in the first cache; else it is read once for
+  // several rows in turn, which is faster where all of them lie in a cache, and
+  // slower where short ones come from memory.
+  static bool IsRowByRow(const Problem& problem, const Block& block) {
+    return block.columns <= kRowByRow &&
+           problem.rows * problem.units * sizeof(Element) > kCachedBytes;
+  }
+
+  // kRows rows of dx, column by column.
+  template <int kRows, bool kStream, bool kStatistics>
+  static void GradientRows(const Element* x, int64_t stride, int64_t columns,
+                           const Columns& of, Element* dx) {
+    // Lines that are written around the caches must be written whole.
+    constexpr int64_t kStep = kStream ? kLine : kLanes;
+    int64_t c = 0;
+    for (; c + kStep <= columns; c += kStep) {
+      alignas(kLineBytes) Element out[kRows][kStep];
+      for (int64_t part = 0; part < kStep; part += kLanes) {
+        const auto gradient = of.template At<kStatistics>(c + part);
+        for (int r = 0; r < kRows; ++r) {
           Convert<Element>::Store(
-              gradient(c / kLanes, Convert<Element>::Load(x + c)), dx + c);
+              gradient(Convert<Element>::Load(x + r * stride + c + part)),
+              kStream ? out[r] + part : dx + r * stride + c);
         }
       }
-      for (; c < columns; c += kLanes) {
-        const int64_t rest = columns - c < kLanes ? columns - c : kLanes;
-        StorePart(gradient(c / kLanes, LoadPart(x + c, rest)), rest, dx + c);
+      if constexpr (kStream) {
+        for (int r = 0; r < kRows; ++r) {
+          StreamLine(out[r], dx + r * stride + c);
+        }
       }
+    }
+    for (; c < columns; c += kLanes) {
+      const int64_t width = std::min(kLanes, columns - c);
+      const auto gradient = of.template At<kStatistics>(c);
+      for (int r = 0; r < kRows; ++r) {
+        StorePart(gradient(LoadPart(x + r * stride + c, width)), width,
+                  dx + r * stride + c);
+      }
+    }
+  }
+
+  template <bool kStream, bool kStatistics>
+  static void GradientBlock(const Element* x, int64_t stride, int64_t rows,
+                            int64_t columns, bool row_by_row, const Columns& of,
+                            Element* dx) {
+    int64_t row = 0;
+    if (!row_by_row) {
+      for (; row + kLeafRows <= rows; row += kLeafRows) {
+        GradientRows<kLeafRows, kStream, kStatistics>(
+            x + row * stride, stride, columns, of, dx + row * stride);
+      }
+    }
+    for (; row < rows; ++row) {
+      GradientRows<1, kStream, kStatistics>(x + row * stride, stride, columns,
+                                            of, dx + row * stride);
     }
     if constexpr (kStream) _mm_sfence();
   }
 
-  // Lines of mean, slope and, unless it is null, offset of columns [column,
-  // column + columns).
-  LBE_MATH void Slopes(const GradientOperands& operands, int64_t column,
-                       int64_t columns, Line* mean, Line* slope, Line* offset) {
-    const auto factors = GradientFactorsOf<Scalar>(
-        operands.rows, operands.units, *operands.formula);
-    const Scalar entropy_share = EntropyShare(
-        *static_cast<const Scalar*>(operands.entropy_grad), factors);
-    const int64_t end = column + columns;
-    for (int64_t line = 0; line * kLanes < columns; ++line) {
-      const int64_t c = column + line * kLanes;
-      mean[line] = LoadResult(operands.mean, c, end);
-      slope[line] = EntropySlope(LoadResult(operands.variance, c, end),
-                                 entropy_share, factors);
-      if (offset != nullptr) {
-        slope[line] +=
-            VarianceSlope(LoadResult(operands.variance_grad, c, end), factors);
-        offset[line] =
-            MeanOffset(LoadResult(operands.mean_grad, c, end), factors);
+  static void Gradient(const Problem& problem,
+                       const GradientArguments& arguments, const Block& block,
+                       bool stream) {
+    const Columns of(problem, arguments, block);
+    const bool statistics = arguments.mean_grad != nullptr;
+    const int64_t first = block.row * problem.units + block.column;
+    const auto run =
+        statistics
+            ? (stream ? GradientBlock<true, true> : GradientBlock<false, true>)
+            : (stream ? GradientBlock<true, false>
+                      : GradientBlock<false, false>);
+    run(static_cast<const Element*>(arguments.x) + first, problem.units,
+        block.rows, block.columns, IsRowByRow(problem, block), of,
+        static_cast<Element*>(arguments.dx) + first);
+  }
+
+  // kRows rows of dx = activation'(y) * (dy + the entropy's gradient), and
+  // their sum, one by one, added to `sums` unless that is null.
+  template <Activation kActivation, bool kSums, int kRows>
+  static void EpilogueGradientRows(const Element* dy, const Element* y,
+                                   Element* dx, int64_t stride, int64_t columns,
+                                   Scalar slope, const Columns& of,
+                                   Scalar* sums) {
+    const auto one = [&](int64_t c, auto load,
+                         auto store) __attribute__((always_inline)) {
+      const auto entropy_gradient = of.template At<false>(c);
+      V sum = kSums ? LoadVector<V>(sums + c) : V{};
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t at = r * stride + c;
+        const V y_part = load(y + at);
+        const V result = Derivative<kActivation>(y_part, slope) *
+                         (load(dy + at) + entropy_gradient(y_part));
+        if constexpr (kSums) sum += result;
+        store(result, dx + at);
       }
+      if constexpr (kSums) StoreVector(sum, sums + c);
+    };
+    int64_t c = 0;
+    for (; c + kLanes <= columns; c += kLanes) {
+      one(c, Convert<Element>::Load, Convert<Element>::Store);
+    }
+    if (c == columns) return;
+    const int64_t width = columns - c;
+    one(
+        c, [&](const Element* from) { return LoadPart(from, width); },
+        [&](const V& v, Element* to) { StorePart(v, width, to); });
+  }
+
+  // At most kLeafRows rows of dx, and their sum.
+  using EpilogueRows = void (*)(const Element* dy, const Element* y,
+                                Element* dx, int64_t stride, int64_t rows,
+                                int64_t columns, bool row_by_row, Scalar slope,
+                                const Columns& of, Scalar* sums);
+
+  template <Activation kActivation, bool kSums>
+  static void EpilogueLeaf(const Element* dy, const Element* y, Element* dx,
+                           int64_t stride, int64_t rows, int64_t columns,
+                           bool row_by_row, Scalar slope, const Columns& of,
+                           Scalar* sums) {
+    // Four rows in turn, since two arrays are read.
+    constexpr int64_t kRows = kLeafRows / 2;
+    int64_t row = 0;
+    if (!row_by_row) {
+      for (; row + kRows <= rows; row += kRows) {
+        const int64_t at = row * stride;
+        EpilogueGradientRows<kActivation, kSums, kRows>(
+            dy + at, y + at, dx + at, stride, columns, slope, of, sums);
+      }
+    }
+    for (; row < rows; ++row) {
+      const int64_t at = row * stride;
+      EpilogueGradientRows<kActivation, kSums, 1>(
+          dy + at, y + at, dx + at, stride, columns, slope, of, sums);
     }
   }
 
-  static void Gradient(const GradientOperands& operands, int64_t row,
-                       int64_t rows, int64_t column, int64_t columns,
-                       bool stream) {
-    const bool has_offset = operands.mean_grad != nullptr;
-    alignas(kLineBytes) Line mean[kGradientTile / kLanes];
-    alignas(kLineBytes) Line slope[kGradientTile / kLanes];
-    alignas(kLineBytes) Line offset[kGradientTile / kLanes];
-    Slopes(operands, column, columns, mean, slope,
-           has_offset ? offset : nullptr);
-    const int64_t first = row * operands.units + column;
-    const auto run =
-        has_offset
-            ? (stream ? GradientRows<true, true> : GradientRows<false, true>)
-            : (stream ? GradientRows<true, false> : GradientRows<false, false>);
-    run(static_cast<const Element*>(operands.x) + first, operands.units, rows,
-        columns, mean, slope, offset,
-        static_cast<Element*>(operands.dx) + first);
+  template <bool kSums>
+  static EpilogueRows EpilogueLeafOf(Activation activation) {
+    switch (activation) {
+#define LBE_ACTIVATION(name, keras_name) \
+  case Activation::name:                 \
+    return EpilogueLeaf<Activation::name, kSums>;
+      LBE_FOR_EACH_ACTIVATION(LBE_ACTIVATION)
+#undef LBE_ACTIVATION
+    }
+    __builtin_unreachable();
+  }
+
+  static void EpilogueGradient(const Problem& problem,
+                               const GradientArguments& arguments,
+                               const Block& block) {
+    const Columns of(problem, arguments, block);
+    const int64_t columns = block.columns;
+    const bool row_by_row = IsRowByRow(problem, block);
+    const bool wants_sums = arguments.dbias != nullptr;
+    const EpilogueRows leaf_rows =
+        wants_sums ? EpilogueLeafOf<true>(arguments.epilogue->activation)
+                   : EpilogueLeafOf<false>(arguments.epilogue->activation);
+    const Scalar slope = static_cast<Scalar>(arguments.epilogue->slope);
+    // The order of the sums is that of activations.h; leaves without a row are
+    // 0.
+    alignas(kLineBytes) Scalar leaves[kLeafRows][kTile + kGroupUnits];
+    const int64_t end = block.row + block.rows;
+    for (int64_t begin = block.row; begin < end; begin += kSumRows) {
+      for (int64_t leaf = 0; leaf < kLeafRows; ++leaf) {
+        const int64_t row = begin + leaf * kLeafRows;
+        Scalar* const sums = wants_sums ? leaves[leaf] : nullptr;
+        if (wants_sums) std::fill_n(sums, columns + kLanes - 1, Scalar(0));
+        if (row >= end) continue;
+        const int64_t first = row * problem.units + block.column;
+        leaf_rows(static_cast<const Element*>(arguments.dy) + first,
+                  static_cast<const Element*>(arguments.x) + first,
+                  static_cast<Element*>(arguments.dx) + first, problem.units,
+                  std::min<int64_t>(end - row, kLeafRows), columns, row_by_row,
+                  slope, of, sums);
+      }
+      if (!wants_sums) continue;
+      Scalar* const sums = static_cast<Scalar*>(arguments.workspace) +
+                           begin / kSumRows * problem.units + block.column;
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        V of_leaves[kLeafRows];
+        for (int64_t leaf = 0; leaf < kLeafRows; ++leaf) {
+          of_leaves[leaf] = LoadVector<V>(leaves[leaf] + c);
+        }
+        StoreResult(PairwiseSum(of_leaves), c, columns, sums);
+      }
+    }
   }
 
   static void RoundAll(const void* from, int64_t count, void* to) {
     Element* elements = static_cast<Element*>(to);
     for (int64_t c = 0; c < count; c += kLanes) {
-      const int64_t width = std::min(kLanes, count - c);
-      StorePart(LoadResult(from, c, count), width, elements + c);
-    }
-  }
-
-  // Rows of dz = activation'(y) * (dy + slope * (y - mean)), and their sums.
-  template <Activation kActivation, bool kSums>
-  static void EpilogueRows(const Element* dy, const Element* y, Element* dz,
-                           int64_t stride, int64_t rows, int64_t columns,
-                           Scalar alpha, const Line* mean, const Line* slope,
-                           Line* sums) {
-    const auto gradient =
-        [&](int64_t line, const Line& dy_line, const Line& y_line)
-            __attribute__((always_inline)) {
-              const Line result =
-                  Derivative<kActivation>(y_line, alpha) *
-                  (dy_line + UnitGradient(y_line, mean[line], slope[line]));
-              if constexpr (kSums) sums[line] += result;
-              return result;
-            };
-    for (int64_t row = 0; row < rows;
-         ++row, dy += stride, y += stride, dz += stride) {
-      int64_t c = 0;
-      for (; c + kLanes <= columns; c += kLanes) {
-        Convert<Element>::Store(
-            gradient(c / kLanes, Convert<Element>::Load(dy + c),
-                     Convert<Element>::Load(y + c)),
-            dz + c);
-      }
-      if (c < columns) {
-        const int64_t width = columns - c;
-        StorePart(gradient(c / kLanes, LoadPart(dy + c, width),
-                           LoadPart(y + c, width)),
-                  width, dz + c);
-      }
-    }
-  }
-
-  template <Activation kActivation>
-  static void EpilogueGradientWith(const EpilogueOperands& o, int64_t first,
-                                   int64_t rows, int64_t columns,
-                                   const Line* mean, const Line* slope,
-                                   Line* sums) {
-    const auto run = sums == nullptr ? EpilogueRows<kActivation, false>
-                                     : EpilogueRows<kActivation, true>;
-    run(static_cast<const Element*>(o.z) + first,
-        static_cast<const Element*>(o.y) + first,
-        static_cast<Element*>(o.dz) + first, o.units, rows, columns,
-        static_cast<Scalar>(o.epilogue->alpha), mean, slope, sums);
-  }
-
-  static void EpilogueGradient(const EpilogueOperands& o,
-                               const GradientOperands& statistics, int64_t row,
-                               int64_t rows, int64_t column, int64_t columns,
-                               void* sums) {
-    alignas(kLineBytes) Line mean[kGradientTile / kLanes];
-    alignas(kLineBytes) Line slope[kGradientTile / kLanes];
-    alignas(kLineBytes) Line leaf_sums[kLeafRows][kGradientTile / kLanes];
-    Slopes(statistics, column, columns, mean, slope, nullptr);
-    const auto run = [&](int64_t first_row, int64_t count, Line* to) {
-      const int64_t first = first_row * o.units + column;
-      switch (o.epilogue->activation) {
-#define LBE_ACTIVATION(name, keras_name)                                   \
-  case Activation::name:                                                   \
-    EpilogueGradientWith<Activation::name>(o, first, count, columns, mean, \
-                                           slope, to);                     \
-    break;
-        LBE_FOR_EACH_ACTIVATION(LBE_ACTIVATION)
-#undef LBE_ACTIVATION
-      }
-    };
-    if (sums == nullptr) return run(row, rows, nullptr);
-    // In the order of activations.h; leaves without a row are 0.
-    const int64_t end = row + rows;
-    for (int64_t begin = row; begin < end; begin += kSumRows) {
-      for (int64_t leaf = 0; leaf < kLeafRows; ++leaf) {
-        const int64_t first = begin + leaf * kLeafRows;
-        for (int64_t c = 0; c < columns; c += kLanes) {
-          leaf_sums[leaf][c / kLanes] = Line{};
-        }
-        run(first, std::clamp<int64_t>(end - first, 0, kLeafRows),
-            leaf_sums[leaf]);
-      }
-      Scalar* const row_sums =
-          static_cast<Scalar*>(sums) + begin / kSumRows * o.units + column;
-      for (int64_t c = 0; c < columns; c += kLanes) {
-        Line of_leaves[kLeafRows];
-        for (int64_t leaf = 0; leaf < kLeafRows; ++leaf) {
-          of_leaves[leaf] = leaf_sums[leaf][c / kLanes];
-        }
-        StoreResult(PairwiseSum(of_leaves), c, columns, row_sums);
-      }
+      StorePart(LoadResult(from, c, count), std::min(kLanes, count - c),
+                elements + c);
     }
   }
 };
@@ -737,13 +666,12 @@ const CpuLoops* LBE_CPU_LOOPS() {
 #define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
   {                                                                   \
       sizeof(element),                                                \
-      sizeof(result),                                                 \
-      Loops<element>::MomentsOf,                                      \
-      Loops<element>::MergeInto,                                      \
-      Loops<element>::Finish,                                         \
-      Loops<element>::Gradient,                                       \
-      Loops<element>::EpilogueGradient,                               \
-      Loops<element>::RoundAll,                                       \
+      Loops<element, result>::MomentsOf,                              \
+      Loops<element, result>::MergeInto,                              \
+      Loops<element, result>::Finish,                                 \
+      Loops<element, result>::Gradient,                               \
+      Loops<element, result>::EpilogueGradient,                       \
+      Loops<element, result>::RoundAll,                               \
   },
       LBE_FOR_EACH_DTYPE(LBE_DTYPE)
 #undef LBE_DTYPE

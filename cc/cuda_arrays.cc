@@ -506,8 +506,9 @@ class CudaArrays : public Arrays {
 
   // That of the caller, or else memory of our own.
   void* Workspace(int64_t bytes) {
-    if (!workspace_)
+    if (!workspace_) {
       return own_workspace_.emplace(bytes, device_, stream_).data();
+    }
     const bool aligned =
         reinterpret_cast<uintptr_t>(workspace_->data) % 16 == 0;
     if (workspace_->bytes() < bytes || !aligned) {

@@ -246,10 +246,8 @@ class Arrays {
   [[noreturn]] void WrongMemory(const char* name, const char* kind,
                                 const pybind11::object& array) const {
     throw pybind11::type_error(std::string(name) + " must be a " + kind +
-                               " array, as " + batch_.name +
-                               " is: all of them must lie in the same memory. "
-                               "Received: " +
-                               TypeOf(array));
+                               " array: all arrays must lie in the memory of " +
+                               batch_.name + ". Received: " + TypeOf(array));
   }
 
  private:

@@ -119,7 +119,7 @@ class NumPyArrays : public Arrays {
 
   const void* ReadEntropyGrad(const py::object& value) override {
     if (!CudaInterfaceOf(value).is_none()) {
-      WrongMemory("entropy_grad", "NumPy", value);
+      WrongMemory("entropy_grad", "number or a NumPy", value);
     }
     const double number = PyFloat_AsDouble(value.ptr());
     if (PyErr_Occurred()) throw py::error_already_set();
@@ -298,18 +298,22 @@ py::object BatchEntropyGrad(Options options, const py::object& x,
   return dx;
 }
 
+#define LBE_ACTIVATION(value, keras_name) " '" keras_name "'"
+constexpr char kServedActivations[] = LBE_FOR_EACH_ACTIVATION(LBE_ACTIVATION);
+#undef LBE_ACTIVATION
+
 Activation ActivationOf(const py::object& name) {
-  std::string served;
+  const bool is_text = py::isinstance<py::str>(name);
 #define LBE_ACTIVATION(value, keras_name)                              \
-  if (py::isinstance<py::str>(name) &&                                 \
+  if (is_text &&                                                       \
       PyUnicode_CompareWithASCIIString(name.ptr(), keras_name) == 0) { \
     return Activation::value;                                          \
-  }                                                                    \
-  served += (served.empty() ? "'" : "', '") + std::string(keras_name);
+  }
   LBE_FOR_EACH_ACTIVATION(LBE_ACTIVATION)
 #undef LBE_ACTIVATION
-  throw py::value_error("activation must be one of " + served +
-                        "'. Received: " + std::string(py::repr(name)));
+  throw py::value_error(std::string("activation must be one of") +
+                        kServedActivations +
+                        ". Received: " + std::string(py::repr(name)));
 }
 
 Epilogue EpilogueOf(const py::object& activation, double slope,
@@ -437,8 +441,9 @@ void DefineBatchEntropy(py::module_& module) {
 
 Args:
     x: [batch, ...], at least 2 samples; float16, bfloat16, float32 or float64. A
-        NumPy array (bfloat16: ml_dtypes), copied if it is not C-contiguous; or an
-        array on a GPU, contiguous, with __cuda_array_interface__: CuPy, PyTorch, JAX.
+        NumPy array (bfloat16: ml_dtypes), copied if it is not C-contiguous and aligned;
+        or an array on a GPU, contiguous, with __cuda_array_interface__: CuPy, PyTorch,
+        JAX.
     scale, offset, ddof: see lbe_ops.batch_entropy.
     threads: how many threads for NumPy arrays; the result has the same bits for any
         number, and on a GPU.

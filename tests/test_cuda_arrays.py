@@ -436,14 +436,16 @@ def test_bad_arguments_of_the_gradient(emulated_module):
             r"shape \(2,\).*Received: shape \(3,\)",
         ),
         (Foreign(X[0].astype(np.float64)), ValueError, "Received.*dtype <f8"),
-        (X[0], TypeError, "must be a CUDA array, as x is: all of them"),
+        (X[0], TypeError, "must be a CUDA array: all arrays must lie"),
     ):
         with pytest.raises(error, match=f"mean.*{words}"):
             gradient(x, bad, good)
         with pytest.raises(error, match=f"variance.*{words}"):
             gradient(x, good, bad)
-    with pytest.raises(TypeError, match="mean must be a NumPy array, as x is"):
+    with pytest.raises(TypeError, match="mean must be a NumPy array: .* memory of x"):
         gradient(X, good, X[0])
+    with pytest.raises(TypeError, match="entropy_grad must be a number or a NumPy"):
+        gradient(X, X[0], X[0], good)
     with pytest.raises(ValueError, match="together"):
         gradient(x, good, good, mean_grad=good)
     with pytest.raises(TypeError, match="real number"):
@@ -464,8 +466,8 @@ def test_bad_arguments_of_an_epilogue(emulated_module):
     constant = np.ones_like(X)
     constant.flags.writeable = False
     for arguments, error, words in (
-        ((X, unit), TypeError, "bias must be a NumPy array, as z is"),
-        ((z, X[0]), TypeError, "bias must be a CUDA array, as z is"),
+        ((X, unit), TypeError, "bias must be a NumPy array: .* of z"),
+        ((z, X[0]), TypeError, "bias must be a CUDA array: .* of z"),
         ((z, number), ValueError, "bias must have.*<f4.*Received.*<f8"),
         ((z, z), ValueError, r"bias must have shape \(2,\).*shape \(3, 2\)"),
         ((z, None, {"y": Foreign(constant)}), ValueError, "y is read-only"),
@@ -714,6 +716,21 @@ def test_more_than_2_to_the_31_elements(shape):
     module.batch_entropy_grad(x, *found[1:], 1e9, dx=x)
     torch.cuda.synchronize()
     assert same_bits([x.cpu()], [gradient])
+    # An epilogue and its gradient, in place on what is there now. A bias where there
+    # are few channels: sums of its gradient take memory of their own.
+    there, here = {"y": x}, {"y": gradient}
+    if shape[0] > 2:
+        there["bias"], here["bias"] = x[0].clone(), gradient[0].copy()
+    _, *found = module.epilogue(x, activation="relu", **there)
+    _, *expected = module.epilogue(gradient, activation="relu", threads=16, **here)
+    assert same_bits([x.cpu(), *found], [gradient, *expected])
+    options = {"activation": "relu", "bias_grad": shape[0] > 2}
+    _, found_bias = module.epilogue_grad(x, x, *found[1:], 1e9, dz=x, **options)
+    _, expected_bias = module.epilogue_grad(
+        *(gradient, gradient, *expected[1:], 1e9), dz=gradient, threads=16, **options
+    )
+    assert same_bits([x.cpu()], [gradient])
+    assert found_bias is None or same_bits([found_bias], [expected_bias])
 
 
 @on_gpu

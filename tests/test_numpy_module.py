@@ -189,7 +189,7 @@ def test_bad_outputs():
         (np.zeros((2, 3), np.float32).T, ValueError, "must be contiguous"),
         (unaligned(x), ValueError, "is not aligned"),
         (constant, ValueError, "is read-only"),
-        (x.tolist(), TypeError, "must be a NumPy array, as x is"),
+        (x.tolist(), TypeError, "must be a NumPy array: all arrays must lie"),
     ):
         with pytest.raises(error, match=f"dx {words}"):
             lbe_ops_numpy.batch_entropy_grad(x, unit, unit, dx=dx)

@@ -4,15 +4,19 @@
 
 #include <pybind11/numpy.h>
 
-#include <initializer_list>
+#include <algorithm>
+#include <cstdint>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "batch.h"
+#include "kernels.h"
+#include "numpy_batch.h"
 
 #ifndef LBE_CUDA_EMULATION
 #include <cuda_runtime_api.h>
@@ -51,7 +55,40 @@ cudaStream_t Stream(uintptr_t number) {
   return reinterpret_cast<cudaStream_t>(number);
 }
 
-// Makes a GPU the current one for a while.
+// Whether a GPU has a context in this process. True where the driver cannot
+// say.
+bool HasContext(int device) {
+  using GetState = int (*)(int device, unsigned* flags, int* active);
+  static const auto get_state = [] {
+    const char* const name = "cuDevicePrimaryCtxGetState";
+    void* function = nullptr;
+#if CUDART_VERSION >= 12050
+    cudaGetDriverEntryPointByVersion(name, &function, 7000, cudaEnableDefault);
+#else
+    cudaGetDriverEntryPoint(name, &function, cudaEnableDefault);
+#endif
+    return reinterpret_cast<GetState>(function);
+  }();
+  unsigned flags = 0;
+  int active = 1;
+  if (get_state != nullptr) get_state(device, &flags, &active);
+  return active != 0;
+}
+
+// The current GPU, or one that has a context where the current one has none.
+int DeviceWithContext() {
+  int current = 0, count = 0;
+  if (cudaGetDevice(&current) != 0 || HasContext(current)) return current;
+  if (cudaGetDeviceCount(&count) != 0) return current;
+  for (int device = 0; device < count; ++device) {
+    if (HasContext(device)) return device;
+  }
+  return current;
+}
+
+// Makes a GPU the current one for a while. The one before it becomes current
+// again, unless it has no context: cudaSetDevice would create one, which takes
+// hundreds of megabytes of a GPU that the process may not use at all.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -60,7 +97,7 @@ class OnDevice {
     changed_ = previous_ != device && error_ == 0;
   }
   ~OnDevice() {
-    if (changed_) cudaSetDevice(previous_);
+    if (changed_ && HasContext(previous_)) cudaSetDevice(previous_);
   }
   OnDevice(const OnDevice&) = delete;
 
@@ -86,14 +123,8 @@ const char* TypestrOf(DType dtype) {
   return "";
 }
 
-const char* ResultTypestr(const Batch& batch) {
-  return batch.dtype == DType::kFloat64 ? "<f8" : "<f4";
-}
-
-int64_t Elements(const Shape& shape) {
-  int64_t elements = 1;
-  for (const py::ssize_t size : shape) elements *= size;
-  return elements;
+const char* ResultTypestr(DType dtype) {
+  return dtype == DType::kFloat64 ? "<f8" : "<f4";
 }
 
 int64_t ItemSize(const std::string& typestr) {
@@ -113,16 +144,8 @@ struct View {
   bool read_only;
   std::optional<uintptr_t> stream;  // on which its values are made
 
-  View(const py::object& array, std::string argument)
+  View(const py::dict& interface, std::string argument)
       : name(std::move(argument)) {
-    if (!py::hasattr(array, "__cuda_array_interface__")) {
-      throw py::type_error("x is a CUDA array and " + name +
-                           " is not: all of them must lie in "
-                           "the GPU's memory. Received: " +
-                           std::string(py::str(py::type::of(array))));
-    }
-    const auto interface =
-        array.attr("__cuda_array_interface__").cast<py::dict>();
     for (const py::handle size : interface["shape"]) {
       shape.push_back(SizeOf(size));
     }
@@ -145,22 +168,8 @@ struct View {
       stream = StreamNumber(interface["stream"]);
     }
     if (reinterpret_cast<uintptr_t>(data) % ItemSize(typestr) != 0) {
-      throw py::value_error(name + " is not aligned to its elements");
+      NotAligned(name);
     }
-  }
-
-  void CheckIs(const Shape& wanted_shape, const char* wanted_typestr,
-               const char* what) const {
-    if (shape != wanted_shape || typestr != wanted_typestr) {
-      throw py::value_error(name + " must have " + what + ", shape " +
-                            Text(wanted_shape) + " and dtype " +
-                            wanted_typestr + ". Received: shape " +
-                            Text(shape) + " and dtype " + typestr);
-    }
-  }
-
-  void CheckIsWritable() const {
-    if (read_only) throw py::value_error(name + " is read-only");
   }
 
   int64_t bytes() const { return Elements(shape) * ItemSize(typestr); }
@@ -171,10 +180,7 @@ struct View {
     for (size_t i = shape.size(); i-- > 0;) {
       // A step that is never taken may be anything.
       if (shape[i] > 1 && SizeOf(strides[i]) != expected) {
-        throw py::value_error(
-            name +
-            " must be contiguous, in C order: copy it first. Received: shape " +
-            Text(shape) + ", strides " + std::string(py::str(strides)));
+        NotContiguous(name, shape, py::str(strides));
       }
       expected *= shape[i];
     }
@@ -201,21 +207,51 @@ DType DTypeOf(const View& x, const py::object& dtype) {
   LBE_FOR_EACH_DTYPE(LBE_DTYPE)
 #undef LBE_DTYPE
   throw py::type_error(
-      "x must be a float16, bfloat16, float32 or float64 array in the "
+      x.name +
+      " must be a float16, bfloat16, float32 or float64 array in the "
       "machine's byte order; where it holds the bits of half-precision numbers "
       "under another type, say dtype=\"bfloat16\". Received: typestr '" +
       x.typestr + "'" +
       (given ? ", dtype " + std::string(py::repr(dtype)) : ""));
 }
 
-// Memory of our own on a GPU, from the memory pool of CUDA, made and freed in
-// the order of a stream, which must outlive it.
+// The pool that memory on a GPU comes from: one of our own, since how much a
+// pool keeps is decided for all who use it. The default pool keeps nothing, so
+// that a caller who waits for the GPU between two calls would have memory
+// mapped anew by each.
+cudaMemPool_t PoolOf(int device) {
+  // Beyond that much, memory that is free goes back to the driver whenever the
+  // process waits for the GPU.
+  constexpr uint64_t kKeptBytes = uint64_t{1} << 30;
+  static std::mutex mutex;
+  // Never destroyed: at the end of the process CUDA may be gone first.
+  static auto* const pools = new std::map<int, cudaMemPool_t>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = pools->find(device);
+  if (found != pools->end()) return found->second;
+  cudaMemPoolProps properties = {};
+  properties.allocType = cudaMemAllocationTypePinned;
+  properties.location.type = cudaMemLocationTypeDevice;
+  properties.location.id = device;
+  cudaMemPool_t pool;
+  Check(cudaMemPoolCreate(&pool, &properties), "cudaMemPoolCreate");
+  uint64_t kept_bytes = kKeptBytes;
+  Check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold,
+                                &kept_bytes),
+        "cudaMemPoolSetAttribute");
+  return (*pools)[device] = pool;
+}
+
+// Memory of our own on the current GPU, made and freed in the order of a
+// stream, which must outlive it.
 class Memory {
  public:
   Memory(int64_t bytes, int device, uintptr_t stream)
       : device_(device), stream_(stream) {
     if (bytes > 0) {
-      Check(cudaMallocAsync(&data_, bytes, Stream(stream)), "cudaMallocAsync");
+      Check(cudaMallocFromPoolAsync(&data_, bytes, PoolOf(device),
+                                    Stream(stream)),
+            "cudaMallocFromPoolAsync");
     }
   }
   ~Memory() {
@@ -247,9 +283,7 @@ class CudaArray {
 
   static std::unique_ptr<CudaArray> FromNumPy(const py::object& values,
                                               const py::object& stream) {
-    const py::array array =
-        py::module_::import("numpy").attr("ascontiguousarray")(values).attr(
-            "reshape")(py::module_::import("numpy").attr("shape")(values));
+    const py::array array = Contiguous(py::array(values));
     // Not objects, whose addresses mean nothing there, nor text.
     if (std::string("biufV").find(array.dtype().kind()) == std::string::npos) {
       throw py::type_error("array must hold numbers. Received: dtype " +
@@ -317,71 +351,104 @@ class CudaArray {
   Memory memory_;
 };
 
-// The dtype of x for an array that is made like it.
-py::object NumPyDType(const py::object& x, const View& view) {
-  if (py::isinstance<CudaArray>(x)) return x.attr("dtype");
-  return py::module_::import("numpy").attr("dtype")(view.typestr);
+void CheckBlocks(int blocks) {
+  if (blocks < 0) {
+    throw py::value_error("blocks must be at least 0. Received: " +
+                          std::to_string(blocks));
+  }
 }
 
-// One call on the arrays' device and on a stream that waits for theirs. Theirs
+// The GPU on which an array lies.
+int DeviceOf(const View& array) {
+  // The query needs a context on the current GPU, and creates one there if need
+  // be; that of the array has one.
+  const OnDevice guard(DeviceWithContext());
+  cudaPointerAttributes attributes;
+  Check(cudaPointerGetAttributes(&attributes, array.data),
+        "cudaPointerGetAttributes");
+  if (attributes.type != cudaMemoryTypeDevice &&
+      attributes.type != cudaMemoryTypeManaged) {
+    throw py::value_error(array.name + " is not in the memory of a GPU");
+  }
+  return attributes.device;
+}
+
+// Arrays in the memory of a GPU, used on a stream that waits for theirs. Theirs
 // wait for it, too: what is read from an array or done with its memory
 // afterwards, in the order of its own stream, comes after the call.
-class Call {
+class CudaArrays : public Arrays {
  public:
-  Call(std::initializer_list<const View*> arrays, const CudaOptions& options)
-      : stream_(StreamNumber(options.stream)),
-        device_(DeviceOf(arrays)),
-        guard_(device_) {
+  CudaArrays(const py::object& x, const View& view, const char* name,
+             const Options& options)
+      : Arrays(Batch(name, DTypeOf(view, options.dtype), view.shape,
+                     options.formula),
+               view.data),
+        x_(x),
+        x_typestr_(view.typestr),
+        stream_(StreamNumber(options.stream)),
+        device_(DeviceOf(view)),
+        guard_(device_),
+        blocks_(options.blocks) {
     Check(guard_.error(), "cudaSetDevice");
-    if (options.blocks < 1) {
-      throw py::value_error("blocks must be at least 1. Received: " +
-                            std::to_string(options.blocks));
-    }
-    for (const View* array : arrays) {
-      if (array == nullptr || !array->stream) continue;
-      if (*array->stream == stream_) continue;
-      others_.push_back(*array->stream);
-      Order(*array->stream, stream_);
-    }
+    CheckBlocks(blocks_);
+    WaitFor(view);
+    if (options.workspace.is_none()) return;
+    workspace_.emplace(ViewOf(options.workspace, "workspace"));
+    if (workspace_->read_only) ReadOnly("workspace");
+    Add("workspace", workspace_->data, workspace_->bytes(), false, true);
   }
 
-  // To be called after the last launch.
-  void Done() const {
-    for (const uintptr_t other : others_) Order(stream_, other);
+  const void* ReadEntropyGrad(const py::object& value) override {
+    if (py::isinstance<py::float_>(value) ||
+        !py::hasattr(value, "__cuda_array_interface__")) {
+      const double number = PyFloat_AsDouble(value.ptr());
+      if (PyErr_Occurred()) throw py::error_already_set();
+      entropy_grad_.emplace(sizeof(double), device_, stream_);
+      Check(SetScalarCuda(Stream(stream_), batch().problem.dtype, number,
+                          entropy_grad_->data()),
+            "writing entropy_grad");
+      return entropy_grad_->data();
+    }
+    return Read(value, "entropy_grad", Form::kScalar);
   }
 
-  uintptr_t stream() const { return stream_; }
-  int device() const { return device_; }
+ protected:
+  Found Input(const py::object& array, const char* name, Form form) override {
+    return {array, Checked(ViewOf(array, name), form).data};
+  }
 
-  std::unique_ptr<CudaArray> NewArray(const Shape& shape,
-                                      const py::object& dtype,
-                                      const std::string& typestr) const {
-    return std::make_unique<CudaArray>(shape, dtype, typestr, device_, stream_);
+  Found Output(const py::object& array, const char* name, Form form) override {
+    const View view = Checked(ViewOf(array, name), form);
+    if (view.read_only) ReadOnly(name);
+    return {array, view.data};
+  }
+
+  Found New(Form form) override {
+    const py::object dtype =
+        IsOfResultType(form) ? py::dtype(TypestrFor(form)) : XDType();
+    auto array = std::make_unique<CudaArray>(
+        ShapeOf(form), dtype, TypestrFor(form), device_, stream_);
+    void* const data = array->data();
+    return {py::cast(std::move(array)), data};
+  }
+
+  void Launch(ForwardArguments arguments) override {
+    const Problem& problem = batch().problem;
+    arguments.workspace = Workspace(
+        ForwardCudaWorkspace(problem, arguments.epilogue != nullptr, blocks_));
+    Launched(ForwardCuda(Stream(stream_), problem, arguments, blocks_));
+  }
+
+  void Launch(GradientArguments arguments) override {
+    const Problem& problem = batch().problem;
+    if (arguments.dbias != nullptr) {
+      arguments.workspace = Workspace(
+          GradientCudaWorkspace(problem, arguments.epilogue->channels));
+    }
+    Launched(GradientCuda(Stream(stream_), problem, arguments, blocks_));
   }
 
  private:
-  static int DeviceOf(std::initializer_list<const View*> arrays) {
-    int device = -1;
-    for (const View* array : arrays) {
-      if (array == nullptr) continue;
-      cudaPointerAttributes attributes;
-      Check(cudaPointerGetAttributes(&attributes, array->data),
-            "cudaPointerGetAttributes");
-      if (attributes.type != cudaMemoryTypeDevice &&
-          attributes.type != cudaMemoryTypeManaged) {
-        throw py::value_error(array->name + " is not in the memory of a GPU");
-      }
-      if (device >= 0 && attributes.device != device) {
-        throw py::value_error(
-            "all arrays must be on one GPU. Received: x on device " +
-            std::to_string(device) + ", " + array->name + " on device " +
-            std::to_string(attributes.device));
-      }
-      device = attributes.device;
-    }
-    return device;
-  }
-
   // What comes next in `after` waits for what is in `before` now.
   static void Order(uintptr_t before, uintptr_t after) {
     cudaEvent_t event;
@@ -393,177 +460,104 @@ class Call {
     Check(error, "waiting for the stream of an array");
   }
 
-  std::vector<uintptr_t> others_;
-  uintptr_t stream_;
-  int device_;
-  OnDevice guard_;
-};
-
-std::optional<View> OptionalView(const py::object& array, const char* name) {
-  if (array.is_none()) return std::nullopt;
-  return View(array, name);
-}
-
-const View* Address(const std::optional<View>& view) {
-  return view ? &*view : nullptr;
-}
-
-const void* Data(const std::optional<View>& view) {
-  return view ? view->data : nullptr;
-}
-
-// The scalar entropy_grad in the GPU's memory: an array that is there, or a
-// copy of a number.
-class EntropyGrad {
- public:
-  EntropyGrad(const py::object& value, const Batch& batch)
-      : dtype_(batch.dtype) {
-    if (py::hasattr(value, "__cuda_array_interface__")) {
-      array_.emplace(value, "entropy_grad");
-      array_->CheckIs({}, ResultTypestr(batch), "the form of the entropy");
-      return;
+  void WaitFor(const View& array) {
+    if (!array.stream || *array.stream == stream_) return;
+    for (const uintptr_t other : others_) {
+      if (other == *array.stream) return;
     }
-    number_ = PyFloat_AsDouble(value.ptr());
-    if (PyErr_Occurred()) throw py::error_already_set();
+    Order(*array.stream, stream_);
+    others_.push_back(*array.stream);
   }
 
-  const View* array() const { return Address(array_); }
-
-  const void* OnStream(const Call& call) {
-    if (array_) return array_->data;
-    copy_.emplace(sizeof(double), call.device(), call.stream());
-    Check(SetScalarCuda(Stream(call.stream()), dtype_, number_, copy_->data()),
-          "writing entropy_grad");
-    return copy_->data();
+  View ViewOf(const py::object& array, const char* name) {
+    if (!py::hasattr(array, "__cuda_array_interface__")) {
+      WrongMemory(name, "CUDA", array);
+    }
+    View view(array.attr("__cuda_array_interface__"), name);
+    const int device = DeviceOf(view);
+    if (device != device_) {
+      throw py::value_error("all arrays must be on one GPU. Received: " +
+                            std::string(batch().name) + " on device " +
+                            std::to_string(device_) + ", " + name +
+                            " on device " + std::to_string(device));
+    }
+    WaitFor(view);
+    return view;
   }
 
- private:
-  const DType dtype_;
-  std::optional<View> array_;
-  double number_ = 0;
-  std::optional<Memory> copy_;
+  const char* TypestrFor(Form form) const {
+    return IsOfResultType(form) ? ResultTypestr(batch().problem.dtype)
+                                : x_typestr_.c_str();
+  }
+
+  // The dtype of x, for an array that is made like it.
+  py::object XDType() const {
+    if (py::isinstance<CudaArray>(x_)) return x_.attr("dtype");
+    return py::dtype(x_typestr_);
+  }
+
+  View Checked(View view, Form form) const {
+    const char* const typestr = TypestrFor(form);
+    if (view.shape != ShapeOf(form) || view.typestr != typestr) {
+      WrongForm(view.name.c_str(), form, typestr, view.shape, view.typestr);
+    }
+    return view;
+  }
+
+  // That of the caller, or else memory of our own.
+  void* Workspace(int64_t bytes) {
+    if (!workspace_) {
+      return own_workspace_.emplace(bytes, device_, stream_).data();
+    }
+    const bool aligned =
+        reinterpret_cast<uintptr_t>(workspace_->data) % 16 == 0;
+    if (workspace_->bytes() < bytes || !aligned) {
+      throw py::value_error("workspace must have at least " +
+                            std::to_string(bytes) +
+                            " bytes, aligned to 16. Received: " +
+                            std::to_string(workspace_->bytes()) + " bytes" +
+                            (aligned ? "" : ", not aligned"));
+    }
+    return workspace_->data;
+  }
+
+  // To be called after the last launch.
+  void Launched(int error) const {
+    Check(error, "launching a kernel");
+    for (const uintptr_t other : others_) Order(stream_, other);
+  }
+
+  const py::object x_;
+  const std::string x_typestr_;
+  const uintptr_t stream_;
+  const int device_;
+  const OnDevice guard_;
+  const int blocks_;
+  std::vector<uintptr_t> others_;  // streams that arrays name
+  std::optional<View> workspace_;
+  std::optional<Memory> own_workspace_;
+  std::optional<Memory> entropy_grad_;
 };
+
+// An array of which no more is asked than its form.
+Batch BatchOf(const py::object& x, const char* name, const py::object& dtype) {
+  if (!py::hasattr(x, "__cuda_array_interface__")) {
+    throw py::type_error(std::string(name) +
+                         " must be a CUDA array, with "
+                         "__cuda_array_interface__. Received: " +
+                         TypeOf(x));
+  }
+  const View view(x.attr("__cuda_array_interface__"), name);
+  return Batch(name, DTypeOf(view, dtype), view.shape, {1, 1, 0});
+}
 
 }  // namespace
 
-py::tuple CudaForward(const py::object& x, const Formula& formula,
-                      const CudaOptions& options, const py::object& out) {
-  const View view(x, "x");
-  const Batch batch(DTypeOf(view, options.dtype), view.shape, formula);
-  const char* const typestr = ResultTypestr(batch);
-  const Shape shapes[] = {{}, batch.unit_shape, batch.unit_shape};
-  std::optional<View> outputs[3];
-  if (!out.is_none()) {
-    const auto arrays = py::tuple(out);
-    if (arrays.size() != 3) {
-      throw py::value_error(
-          "out must be (entropy, mean, variance). Received: " +
-          std::to_string(arrays.size()) + " arrays");
-    }
-    const char* const names[] = {"out[0]", "out[1]", "out[2]"};
-    for (int i = 0; i < 3; ++i) {
-      outputs[i].emplace(arrays[i], names[i]);
-      outputs[i]->CheckIs(shapes[i], typestr, "the form of the result");
-      outputs[i]->CheckIsWritable();
-    }
-  }
-  const std::optional<View> given =
-      OptionalView(options.workspace, "workspace");
-  const Call call({&view, Address(outputs[0]), Address(outputs[1]),
-                   Address(outputs[2]), Address(given)},
-                  options);
-
-  void* data[3];
-  py::object results[3];
-  const py::object dtype = py::module_::import("numpy").attr("dtype")(typestr);
-  for (int i = 0; i < 3; ++i) {
-    if (outputs[i]) {
-      results[i] = py::tuple(out)[i];
-      data[i] = outputs[i]->data;
-    } else {
-      auto array = call.NewArray(shapes[i], dtype, typestr);
-      data[i] = array->data();
-      results[i] = py::cast(std::move(array));
-    }
-  }
-  const int64_t bytes = BatchEntropyForwardCudaWorkspace(
-      batch.dtype, batch.rows, batch.units, options.blocks);
-  std::optional<Memory> own;
-  void* workspace;
-  if (given) {
-    workspace = given->data;
-    given->CheckIsWritable();
-    if (given->bytes() < bytes ||
-        reinterpret_cast<uintptr_t>(workspace) % 16 != 0) {
-      throw py::value_error(
-          "workspace must have at least " + std::to_string(bytes) +
-          " bytes, aligned to 16. Received: " + std::to_string(given->bytes()) +
-          " bytes");
-    }
-  } else {
-    own.emplace(bytes, call.device(), call.stream());
-    workspace = own->data();
-  }
-  Check(BatchEntropyForwardCuda(Stream(call.stream()), batch.dtype, view.data,
-                                batch.rows, batch.units, formula, workspace,
-                                data[1], data[2], data[0], nullptr,
-                                options.blocks),
-        "batch_entropy");
-  call.Done();
-  return py::make_tuple(results[0], results[1], results[2]);
-}
-
-py::object CudaGradient(const py::object& x, const py::object& mean,
-                        const py::object& variance,
-                        const py::object& entropy_grad,
-                        const py::object& mean_grad,
-                        const py::object& variance_grad, const py::object& dx,
-                        const Formula& formula, const CudaOptions& options) {
-  const View view(x, "x");
-  const Batch batch(DTypeOf(view, options.dtype), view.shape, formula);
-  const View means(mean, "mean"), variances(variance, "variance");
-  const std::optional<View> mean_grads = OptionalView(mean_grad, "mean_grad");
-  const std::optional<View> variance_grads =
-      OptionalView(variance_grad, "variance_grad");
-  const std::optional<View> given = OptionalView(dx, "dx");
-  for (const View* statistics :
-       {&means, &variances, Address(mean_grads), Address(variance_grads)}) {
-    if (statistics == nullptr) continue;
-    statistics->CheckIs(batch.unit_shape, ResultTypestr(batch),
-                        "the form of one sample, x.shape[1:]");
-  }
-  if (given) {
-    given->CheckIs(batch.shape, view.typestr.c_str(), "the form of x");
-    given->CheckIsWritable();
-  }
-  EntropyGrad entropy_grads(entropy_grad, batch);
-  const Call call(
-      {&view, &means, &variances, entropy_grads.array(), Address(mean_grads),
-       Address(variance_grads), Address(given)},
-      options);
-
-  py::object result = dx;
-  void* data = given ? given->data : nullptr;
-  if (!given) {
-    auto array = call.NewArray(batch.shape, NumPyDType(x, view), view.typestr);
-    data = array->data();
-    result = py::cast(std::move(array));
-  }
-  Check(BatchEntropyGradCuda(Stream(call.stream()), batch.dtype, view.data,
-                             batch.rows, batch.units, formula, means.data,
-                             variances.data, entropy_grads.OnStream(call),
-                             Data(mean_grads), Data(variance_grads), data,
-                             options.blocks),
-        "batch_entropy_grad");
-  call.Done();
-  return result;
-}
-
-int64_t CudaWorkspaceBytes(const py::object& x, const CudaOptions& options) {
-  const View view(x, "x");
-  const Batch batch(DTypeOf(view, options.dtype), view.shape, {1, 1, 0});
-  return BatchEntropyForwardCudaWorkspace(batch.dtype, batch.rows, batch.units,
-                                          options.blocks);
+std::unique_ptr<Arrays> MakeCudaArrays(const py::object& x,
+                                       const py::object& interface,
+                                       const char* name,
+                                       const Options& options) {
+  return std::make_unique<CudaArrays>(x, View(interface, name), name, options);
 }
 
 void DefineCudaArrays(py::module_& module) {
@@ -572,8 +566,9 @@ void DefineCudaArrays(py::module_& module) {
       R"(An array in the memory of a GPU, as batch_entropy returns it.
 
 Other libraries take it by its __cuda_array_interface__: cupy.asarray(array),
-torch.as_tensor(array, device="cuda"). Its memory goes back to CUDA's pool in the order
-of the stream on which it was made; that stream must live as long as the array.)")
+torch.as_tensor(array, device="cuda"). Its memory goes back to a pool of this module's
+in the order of the stream on which it was made; that stream must live as long as the
+array. The pool keeps up to 1 GiB for the arrays to come.)")
       .def_property_readonly("__cuda_array_interface__", &CudaArray::Interface)
       .def_property_readonly("shape", &CudaArray::shape)
       .def_property_readonly("dtype", &CudaArray::dtype)
@@ -584,6 +579,27 @@ of the stream on which it was made; that stream must live as long as the array.)
       "cuda_array", &CudaArray::FromNumPy, py::arg("array"), py::kw_only(),
       py::arg("stream") = py::none(),
       "A CudaArray with the values of a NumPy array, on the current GPU.");
+  module.def(
+      "cuda_workspace_bytes",
+      [](const py::object& x, bool epilogue, const py::object& dtype,
+         int blocks) {
+        CheckBlocks(blocks);
+        return ForwardCudaWorkspace(BatchOf(x, "x", dtype).problem, epilogue,
+                                    blocks);
+      },
+      py::arg("x"), py::kw_only(), py::arg("epilogue") = false,
+      py::arg("dtype") = py::none(), py::arg("blocks") = 0,
+      "Bytes of the workspace of batch_entropy for a CUDA array x, or of that "
+      "of epilogue for z = x. dtype and blocks as there.");
+  module.def(
+      "cuda_grad_workspace_bytes",
+      [](const py::object& y, const py::object& dtype) {
+        const Batch batch = BatchOf(y, "y", dtype);
+        return GradientCudaWorkspace(batch.problem, batch.channels[0]);
+      },
+      py::arg("y"), py::kw_only(), py::arg("dtype") = py::none(),
+      "Bytes of the workspace of epilogue_grad with bias_grad for a CUDA array "
+      "y, for any number of blocks.");
 }
 
 }  // namespace lbe

@@ -9,35 +9,19 @@
 
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
+#include <memory>
 
-#include "kernels.h"
+#include "numpy_batch.h"
 
 namespace lbe {
 
-// Arguments of a call, as Python passes them; none where they are not given.
-struct CudaOptions {
-  pybind11::object dtype;      // what x holds, where its interface cannot say
-  pybind11::object stream;     // a cudaStream_t as an integer
-  pybind11::object workspace;  // a CUDA array, for the forward pass
-  int blocks = kCudaBlocks;
-};
-
-// (entropy, mean, variance); `out` is none or three arrays to write them to.
-pybind11::tuple CudaForward(const pybind11::object& x, const Formula& formula,
-                            const CudaOptions& options,
-                            const pybind11::object& out);
-
-// dx; the argument of that name is none or the array to write it to.
-pybind11::object CudaGradient(
-    const pybind11::object& x, const pybind11::object& mean,
-    const pybind11::object& variance, const pybind11::object& entropy_grad,
-    const pybind11::object& mean_grad, const pybind11::object& variance_grad,
-    const pybind11::object& dx, const Formula& formula,
-    const CudaOptions& options);
-
-int64_t CudaWorkspaceBytes(const pybind11::object& x,
-                           const CudaOptions& options);
+// The arrays of a call with x, whose __cuda_array_interface__ is given; `name`
+// is what the call has for x. Until it is destroyed, the thread's current GPU
+// is that of x.
+std::unique_ptr<Arrays> MakeCudaArrays(const pybind11::object& x,
+                                       const pybind11::object& interface,
+                                       const char* name,
+                                       const Options& options);
 
 // The class CudaArray and the functions that only a build with CUDA has.
 void DefineCudaArrays(pybind11::module_& module);

@@ -13,6 +13,36 @@ import numpy as np
 SCALE = math.pi * math.e
 OFFSET = 1.0
 
+# Each activation of an epilogue and its derivative, as functions of z in float64, the
+# ones that have a slope with this one.
+SLOPE = 0.3
+SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+ACTIVATIONS = {
+    "linear": (lambda z: z, np.ones_like),
+    "relu": (lambda z: np.maximum(z, 0), lambda z: 1.0 * (z > 0)),
+    "leaky_relu": (
+        lambda z: np.where(z < 0, SLOPE * z, z),
+        lambda z: np.where(z < 0, SLOPE, 1.0),
+    ),
+    "elu": (
+        lambda z: np.where(z < 0, SLOPE * np.expm1(z), z),
+        lambda z: np.where(z < 0, SLOPE * np.exp(z), 1.0),
+    ),
+    "selu": (
+        lambda z: SELU_SCALE * np.where(z < 0, SELU_ALPHA * np.expm1(z), z),
+        lambda z: SELU_SCALE * np.where(z < 0, SELU_ALPHA * np.exp(z), 1.0),
+    ),
+    "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
+    "sigmoid": (sigmoid, lambda z: sigmoid(z) * sigmoid(-z)),
+    "softplus": (lambda z: np.logaddexp(z, 0), sigmoid),
+}
+
 
 def flat(x):
     """x [N, ...] as float64 [N, U]."""

@@ -26,34 +26,7 @@ from lbe_ops import (
 )
 from lbe_ops import reference as reference_formulas
 
-ALPHA = 0.3
-SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
-
-
-def sigmoid(z):
-    return 1 / (1 + np.exp(-z))
-
-
-# Each activation and its derivative, as functions of z in float64.
-ORACLES = {
-    "linear": (lambda z: z, np.ones_like),
-    "relu": (lambda z: np.maximum(z, 0), lambda z: 1.0 * (z > 0)),
-    "leaky_relu": (
-        lambda z: np.where(z < 0, ALPHA * z, z),
-        lambda z: np.where(z < 0, ALPHA, 1.0),
-    ),
-    "elu": (
-        lambda z: np.where(z < 0, ALPHA * np.expm1(z), z),
-        lambda z: np.where(z < 0, ALPHA * np.exp(z), 1.0),
-    ),
-    "selu": (
-        lambda z: SELU_SCALE * np.where(z < 0, SELU_ALPHA * np.expm1(z), z),
-        lambda z: SELU_SCALE * np.where(z < 0, SELU_ALPHA * np.exp(z), 1.0),
-    ),
-    "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
-    "sigmoid": (sigmoid, lambda z: sigmoid(z) * sigmoid(-z)),
-    "softplus": (lambda z: np.logaddexp(z, 0), sigmoid),
-}
+ALPHA, ORACLES = oracle.SLOPE, oracle.ACTIVATIONS
 # Shapes, with and without a bias.
 CASES = [((9, 5), True), ((70, 33), False), ((33, 3, 5, 6), True)]
 

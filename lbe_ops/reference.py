@@ -47,34 +47,71 @@ def check_sizes(x: tf.Tensor) -> tf.Tensor:
         return tf.identity(x)
 
 
-def moments(x: tf.Tensor, ddof: int) -> tuple[tf.Tensor, tf.Tensor]:
+def moments(
+    x: tf.Tensor, ddof: int, shrink: float = 1.0
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Mean and variance over the first axis, in float32 (float64 for float64).
 
     Two passes, `M2 / (N - ddof)` with `M2 = sum_n (x_n - mean)^2`. Where `N <= ddof`
-    the divisor is 1, so that the variance is 0 and not NaN.
+    the divisor is 1, so that the variance is 0 and not NaN. The variance is that of
+    `shrink * x`.
     """
     x = tf.cast(x, result_dtype(x.dtype))
     n = tf.cast(tf.shape(x, out_type=tf.int64)[0], x.dtype)
-    mean = tf.reduce_sum(x, axis=0) / tf.maximum(n, 1)
-    m2 = tf.reduce_sum(tf.square(x - mean), axis=0)
+    # Relative to the first sample, so that a unit that does not vary has a variance of
+    # exactly 0: the sum of N equal numbers, divided by N, may be another number. The
+    # mean does not depend on what it is relative to, and neither does its gradient.
+    first = tf.stop_gradient(x[:1])
+    mean = tf.reduce_sum(first, axis=0) + (
+        tf.reduce_sum(x - first, axis=0) / tf.maximum(n, 1)
+    )
+    difference = x - mean
+    if shrink != 1:
+        difference *= shrink
+    m2 = tf.reduce_sum(tf.square(difference), axis=0)
     return mean, m2 / tf.maximum(n - ddof, 1)
 
 
-def unit_entropy(variance: tf.Tensor, scale: float, offset: float) -> tf.Tensor:
+# The entropy of a batch is made from deviations that are this much smaller. TensorFlow
+# multiplies the factors of a gradient from the entropy back to x, and for activations
+# of 1e18 the product of the first ones, `scale / (U (N - ddof) (scale * v + offset))`,
+# is too small for float32, where the gradient is not. Both are powers of two: in all
+# but the largest and the smallest numbers not a bit changes.
+_SHRINK = 2.0**-20
+_UNIT = _SHRINK**-2
+
+
+def unit_entropy(
+    variance: tf.Tensor, scale: float, offset: float, unit: float = 1.0
+) -> tf.Tensor:
     """Entropy of each unit: `1/2 ln(scale * variance + offset)`.
 
     Written with `log1p` where `offset > 0`, since `log(1 + tiny)` loses small
-    variances.
+    variances. The variance is given in multiples of `unit`.
     """
+    total = variance * (scale / offset if offset > 0 else scale)
+    log = tf.math.log1p if offset > 0 else tf.math.log
+    if unit == 1:
+        logarithm = log(total)
+    else:
+        large = total > 1
+        of_large = tf.math.log(
+            tf.where(large, total, 1) + (1 / unit if offset > 0 else 0)
+        )
+        # Either branch is finite where the other one is taken, as its gradient must be.
+        logarithm = tf.where(
+            large, of_large + math.log(unit), log(tf.where(large, 1, total * unit))
+        )
     if offset > 0:
-        return 0.5 * (math.log(offset) + tf.math.log1p(variance * (scale / offset)))
-    return 0.5 * tf.math.log(scale * variance)
+        logarithm += math.log(offset)
+    return 0.5 * logarithm
 
 
 def batch_entropy(x: tf.Tensor, *, ddof: int, scale: float, offset: float) -> tf.Tensor:
     """`mean_u 1/2 ln(scale * v_u + offset)`; see `lbe_ops.batch_entropy`."""
     x = check_sizes(x)
-    return tf.reduce_mean(unit_entropy(moments(x, ddof)[1], scale, offset))
+    _, variance = moments(x, ddof, _SHRINK)
+    return tf.reduce_mean(unit_entropy(variance, scale, offset, _UNIT))
 
 
 def batch_entropy_or_zero(
@@ -84,12 +121,12 @@ def batch_entropy_or_zero(
     shape = tf.shape(x, out_type=tf.int64)
     enough = (shape[0] >= 2) & (tf.reduce_prod(shape[1:]) >= 1)
     # Not even a NaN in a sample that does not count may reach the gradient.
-    variance = moments(tf.where(enough, x, tf.zeros_like(x)), ddof)[1]
+    _, variance = moments(tf.where(enough, x, tf.zeros_like(x)), ddof, _SHRINK)
     # Both branches must be finite for their gradients to be: log(0) and the mean
     # of no units are not.
     safe = tf.where(enough, variance, tf.ones_like(variance))
     entropy = tf.math.divide_no_nan(
-        tf.reduce_sum(unit_entropy(safe, scale, offset)),
+        tf.reduce_sum(unit_entropy(safe, scale, offset, _UNIT)),
         tf.cast(tf.size(variance), variance.dtype),
     )
     return tf.where(enough, entropy, 0), tf.cast(enough, variance.dtype)
@@ -105,37 +142,37 @@ def unit_statistics(
 
 
 # Activations of an epilogue, and their derivatives written with y = activation(z):
-# functions of (z or y, alpha). The same maths stands in `cc/activations.h`.
+# functions of (z or y, slope). The same maths stands in `cc/activations.h`.
 ACTIVATIONS = {
-    "linear": lambda z, alpha: z,
-    "relu": lambda z, alpha: tf.nn.relu(z),
-    # Not tf.nn.leaky_relu, whose alpha has 32 bits.
-    "leaky_relu": lambda z, alpha: tf.where(z < 0, alpha * z, z),
-    "elu": lambda z, alpha: tf.where(z < 0, alpha * tf.nn.elu(z), z),
-    "selu": lambda z, alpha: tf.nn.selu(z),
-    "tanh": lambda z, alpha: tf.tanh(z),
-    "sigmoid": lambda z, alpha: tf.sigmoid(z),
-    "softplus": lambda z, alpha: tf.math.softplus(z),
+    "linear": lambda z, slope: z,
+    "relu": lambda z, slope: tf.nn.relu(z),
+    # Not tf.nn.leaky_relu, whose slope has 32 bits.
+    "leaky_relu": lambda z, slope: tf.where(z < 0, slope * z, z),
+    "elu": lambda z, slope: tf.where(z < 0, slope * tf.nn.elu(z), z),
+    "selu": lambda z, slope: tf.nn.selu(z),
+    "tanh": lambda z, slope: tf.tanh(z),
+    "sigmoid": lambda z, slope: tf.sigmoid(z),
+    "softplus": lambda z, slope: tf.math.softplus(z),
 }
 _SELU_SCALE, _SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 DERIVATIVES = {
-    "linear": lambda y, alpha: tf.ones_like(y),
-    "relu": lambda y, alpha: tf.where(y > 0, tf.ones_like(y), 0),
-    "leaky_relu": lambda y, alpha: tf.where(y > 0, tf.ones_like(y), alpha),
-    "elu": lambda y, alpha: tf.where(y < 0, y + alpha, 1),
-    "selu": lambda y, alpha: tf.where(
+    "linear": lambda y, slope: tf.ones_like(y),
+    "relu": lambda y, slope: tf.where(y > 0, tf.ones_like(y), 0),
+    "leaky_relu": lambda y, slope: tf.where(y > 0, tf.ones_like(y), slope),
+    "elu": lambda y, slope: tf.where(y < 0, y + slope, 1),
+    "selu": lambda y, slope: tf.where(
         y < 0, y + _SELU_SCALE * _SELU_ALPHA, _SELU_SCALE
     ),
-    "tanh": lambda y, alpha: 1 - tf.square(y),
-    "sigmoid": lambda y, alpha: y * (1 - y),
-    "softplus": lambda y, alpha: -tf.math.expm1(-y),
+    "tanh": lambda y, slope: 1 - tf.square(y),
+    "sigmoid": lambda y, slope: y * (1 - y),
+    "softplus": lambda y, slope: -tf.math.expm1(-y),
 }
 
 
 def activate(
-    z: tf.Tensor, bias: tf.Tensor | None, activation: str, alpha: float
+    z: tf.Tensor, bias: tf.Tensor | None, activation: str, slope: float
 ) -> tf.Tensor:
     """`activation(z + bias)`; see `lbe_ops.ops.epilogue`."""
     if bias is not None:
         z = z + bias
-    return ACTIVATIONS[activation](z, alpha)
+    return ACTIVATIONS[activation](z, slope)

@@ -146,7 +146,7 @@ def _gpu_reason() -> str:
     return next(filter(None, (_gpu_problem(gpu.name) for gpu in gpus)), "")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _gpu_problem(name: str) -> str:
     """The same of one GPU, by the name of its `tf.config.PhysicalDevice`.
 

@@ -5,8 +5,8 @@
 //
 // Called by the kernels of tf_ops.cc and by the lowerings of xla_ops.cc.
 
-#ifndef LBE_OPS_CC_TF_ATTRIBUTES_H_
-#define LBE_OPS_CC_TF_ATTRIBUTES_H_
+#ifndef LBE_OPS_CC_TF_CHECKS_H_
+#define LBE_OPS_CC_TF_CHECKS_H_
 
 #include <cmath>
 #include <string>
@@ -53,7 +53,7 @@ inline absl::Status NumberAttr(tensorflow::OpKernelConstruction* context,
   return absl::OkStatus();
 }
 
-// What all ops have.
+// Reads the attributes that all ops have.
 inline absl::Status ReadAttributes(tensorflow::OpKernelConstruction* context,
                                    DType* dtype, Formula* formula) {
   tensorflow::DataType type, result_type;
@@ -80,7 +80,7 @@ inline absl::Status ReadAttributes(tensorflow::OpKernelConstruction* context,
   return absl::OkStatus();
 }
 
-// Whether LBE>BatchEntropy returns zeros for a batch that is too small.
+// Reads whether LBE>BatchEntropy returns zeros for a batch that is too small.
 inline absl::Status ReadSmallBatch(tensorflow::OpKernelConstruction* context,
                                    bool* zero) {
   std::string small_batch;
@@ -89,16 +89,24 @@ inline absl::Status ReadSmallBatch(tensorflow::OpKernelConstruction* context,
   return absl::OkStatus();
 }
 
-// What LBE>Epilogue and its gradient have beside.
+// Reads the attributes that LBE>Epilogue and LBE>EpilogueGrad have beside: the
+// activation, and whether there is a bias.
 inline absl::Status ReadEpilogue(tensorflow::OpKernelConstruction* context,
-                                 Epilogue* epilogue) {
+                                 Epilogue* epilogue, bool* has_bias) {
+  int biases;
+  TF_RETURN_IF_ERROR(context->GetAttr("biases", &biases));
+  if (biases > 1) {
+    return InvalidArgument("bias must be none or one. Received: ", biases,
+                           " tensors");
+  }
+  *has_bias = biases == 1;
+  TF_RETURN_IF_ERROR(NumberAttr(context, "slope", &epilogue->slope));
+  if (epilogue->slope < 0) {
+    return InvalidArgument("slope must be at least 0. Received: ",
+                           epilogue->slope);
+  }
   std::string name;
   TF_RETURN_IF_ERROR(context->GetAttr("activation", &name));
-  TF_RETURN_IF_ERROR(NumberAttr(context, "alpha", &epilogue->alpha));
-  if (epilogue->alpha < 0) {
-    return InvalidArgument("alpha must be at least 0. Received: ",
-                           epilogue->alpha);
-  }
 #define LBE_ACTIVATION(activation_name, keras_name)     \
   if (name == keras_name) {                             \
     epilogue->activation = Activation::activation_name; \
@@ -109,7 +117,7 @@ inline absl::Status ReadEpilogue(tensorflow::OpKernelConstruction* context,
   return InvalidArgument("lbe_ops has no epilogue with activation ", name);
 }
 
-// Where LBE>BatchEntropy refuses such a batch.
+// The error of LBE>BatchEntropy where it refuses a batch that is too small.
 inline absl::Status SmallBatchError(const std::string& shape) {
   return InvalidArgument(
       "batch_entropy needs a batch of at least 2 samples, since the variance "
@@ -126,14 +134,14 @@ inline std::string ShapeText(absl::Span<const int64_t> dims) {
   return absl::StrCat("[", absl::StrJoin(dims, ","), "]");
 }
 
-// Of x, z or y.
+// Checks the shape of x, z or y.
 inline absl::Status CheckBatch(absl::Span<const int64_t> dims) {
   if (!dims.empty()) return absl::OkStatus();
   return InvalidArgument(
       "activations must have shape [batch, ...]. Received: a scalar");
 }
 
-// REQUIRES: z is a batch.
+// Checks the shape of a bias. REQUIRES: z is a batch.
 inline absl::Status CheckBias(absl::Span<const int64_t> z,
                               absl::Span<const int64_t> bias) {
   if (bias == z.subspan(z.size() - 1)) return absl::OkStatus();
@@ -143,8 +151,8 @@ inline absl::Status CheckBias(absl::Span<const int64_t> z,
       ShapeText(z), ", bias ", ShapeText(bias));
 }
 
-// The inputs of LBE>BatchEntropyGrad: x, mean, variance, entropy_grad, and the
-// gradients of mean and variance or none; `first` is the place of x.
+// Checks the inputs of LBE>BatchEntropyGrad: x, mean, variance, entropy_grad,
+// and the gradients of mean and variance or none; `first` is the place of x.
 inline absl::Status CheckGradInputs(absl::Span<const Dims> inputs,
                                     size_t first = 0) {
   TF_RETURN_IF_ERROR(CheckBatch(inputs[first]));
@@ -169,7 +177,7 @@ inline absl::Status CheckGradInputs(absl::Span<const Dims> inputs,
   return absl::OkStatus();
 }
 
-// Those of LBE>EpilogueGrad: dy, and then y as x above.
+// Checks the inputs of LBE>EpilogueGrad: dy, and then y as x above.
 inline absl::Status CheckEpilogueGradInputs(absl::Span<const Dims> inputs) {
   if (inputs[0] != inputs[1]) {
     return InvalidArgument("dy must have the shape of y, ",
@@ -181,4 +189,4 @@ inline absl::Status CheckEpilogueGradInputs(absl::Span<const Dims> inputs) {
 
 }  // namespace lbe
 
-#endif  // LBE_OPS_CC_TF_ATTRIBUTES_H_
+#endif  // LBE_OPS_CC_TF_CHECKS_H_

@@ -1,22 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The TensorFlow ops LBE>BatchEntropy and LBE>BatchEntropyGrad: schema, shape
-// function and kernel for CPU and GPU, forward and gradient side by side.
+// The TensorFlow ops LBE>BatchEntropy, LBE>Epilogue and their gradients, by the
+// names with Grad at the end: schema, shape function, kernel for CPU and GPU.
 //
 // Glue: checks, allocates, calls the launchers of kernels.h, reports.
 
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <string>
+#include <vector>
 
 #include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "kernels.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/lib/core/threadpool.h"
-#include "tf_attributes.h"
+#include "tf_checks.h"
 
 #ifdef LBE_CUDA
 #include "xla/stream_executor/stream.h"
@@ -26,14 +31,16 @@
 extern "C" const char kLbeOpsMarker[] __attribute__((used)) =
     "lbe_ops was built for TensorFlow " LBE_TENSORFLOW_VERSION ";";
 
-// Why the ops cannot run on this machine's GPU, or "". native.py asks it where
-// TensorFlow sees a GPU: without an answer TensorFlow would move every layer's
-// activations to the CPU and back.
-extern "C" __attribute__((visibility("default"))) const char* LbeGpuProblem() {
+// Why the ops cannot run on a GPU, by its number, or "". native.py asks it
+// about every GPU that TensorFlow uses: without an answer TensorFlow would move
+// every layer's activations to the CPU and back.
+extern "C" __attribute__((visibility("default"))) const char* LbeGpuProblem(
+    int device) {
 #ifdef LBE_CUDA
-  const int error = lbe::DescribeCuda().error;
+  const int error = lbe::DescribeCuda(device).error;
   return error == 0 ? "" : lbe::CudaErrorMessage(error);
 #else
+  (void)device;
   return "it was built without CUDA: put nvcc into PATH";
 #endif
 }
@@ -49,6 +56,29 @@ using ::tensorflow::TensorShape;
 using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
 
+// "T: {half, ...}", with every dtype of the kernels.
+std::string DTypesAttr() {
+  const std::vector<std::string> names = {
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
+  tensorflow::DataTypeString(tensorflow::tensorflow_name),
+      LBE_FOR_EACH_DTYPE(LBE_DTYPE)
+#undef LBE_DTYPE
+  };
+  return absl::StrCat("T: {", absl::StrJoin(names, ", "), "}");
+}
+
+// The attributes that all ops have, and those of an epilogue and its gradient.
+#define LBE_ATTRIBUTES                                             \
+  Attr(DTypesAttr())                                               \
+      .Attr("result_type: {float, double} = DT_FLOAT")             \
+      .Attr("ddof: int >= 0 = 0")                                  \
+      .Attr(absl::StrFormat("scale: string = '%.17g'", lbe::kPiE)) \
+      .Attr("offset: string = '1.0'")
+#define LBE_EPILOGUE_ATTRIBUTES               \
+  LBE_ATTRIBUTES.Attr("biases: int >= 0 = 0") \
+      .Attr("activation: string = 'linear'")  \
+      .Attr("slope: string = '0.0'")
+
 // The shape of one sample: that of x without its first dimension.
 absl::Status UnitShape(InferenceContext* c, ShapeHandle* units) {
   ShapeHandle x;
@@ -62,12 +92,7 @@ REGISTER_OP("LBE>BatchEntropy")
     .Output("mean: result_type")
     .Output("variance: result_type")
     .Output("valid: result_type")
-    .Attr("T: {half, bfloat16, float, double}")
-    .Attr("result_type: {float, double} = DT_FLOAT")
-    .Attr("ddof: int >= 0 = 0")
-    .Attr("scale: string = '8.539734222673566'")
-    .Attr("offset: string = '1.0'")
-    .Attr("small_batch: {'error', 'zero'} = 'error'")
+    .LBE_ATTRIBUTES.Attr("small_batch: {'error', 'zero'} = 'error'")
     .Attr("statistics_grad: bool = false")
     .SetShapeFn([](InferenceContext* c) -> absl::Status {
       ShapeHandle units;
@@ -105,12 +130,7 @@ REGISTER_OP("LBE>BatchEntropyGrad")
     .Input("entropy_grad: result_type")
     .Input("statistic_grads: statistics * result_type")
     .Output("dx: T")
-    .Attr("T: {half, bfloat16, float, double}")
-    .Attr("result_type: {float, double} = DT_FLOAT")
-    .Attr("statistics: int >= 0 = 0")
-    .Attr("ddof: int >= 0 = 0")
-    .Attr("scale: string = '8.539734222673566'")
-    .Attr("offset: string = '1.0'")
+    .LBE_ATTRIBUTES.Attr("statistics: int >= 0 = 0")
     .SetShapeFn([](InferenceContext* c) -> absl::Status {
       ShapeHandle units, scalar;
       TF_RETURN_IF_ERROR(UnitShape(c, &units));
@@ -141,14 +161,7 @@ REGISTER_OP("LBE>Epilogue")
     .Output("mean: result_type")
     .Output("variance: result_type")
     .Output("valid: result_type")
-    .Attr("T: {half, bfloat16, float, double}")
-    .Attr("result_type: {float, double} = DT_FLOAT")
-    .Attr("biases: int >= 0 = 0")
-    .Attr("activation: string = 'linear'")
-    .Attr("alpha: string = '0.0'")
-    .Attr("ddof: int >= 0 = 0")
-    .Attr("scale: string = '8.539734222673566'")
-    .Attr("offset: string = '1.0'")
+    .LBE_EPILOGUE_ATTRIBUTES
     .SetShapeFn([](InferenceContext* c) -> absl::Status {
       ShapeHandle units;
       TF_RETURN_IF_ERROR(UnitShape(c, &units));
@@ -170,7 +183,7 @@ mean: The mean of every unit of y.
 variance: The variance of every unit of y.
 valid: 1, or 0 where the entropy is not defined.
 activation: linear, relu, leaky_relu, elu, selu, tanh, sigmoid or softplus.
-alpha: The slope of leaky_relu below 0, the factor of elu; as text.
+slope: The slope of leaky_relu below 0, the factor of elu; as text.
 ddof: As for LBE>BatchEntropy.
 scale: As for LBE>BatchEntropy.
 offset: As for LBE>BatchEntropy.
@@ -184,14 +197,7 @@ REGISTER_OP("LBE>EpilogueGrad")
     .Input("entropy_grad: result_type")
     .Output("dz: T")
     .Output("dbias: biases * T")
-    .Attr("T: {half, bfloat16, float, double}")
-    .Attr("result_type: {float, double} = DT_FLOAT")
-    .Attr("biases: int >= 0 = 0")
-    .Attr("activation: string = 'linear'")
-    .Attr("alpha: string = '0.0'")
-    .Attr("ddof: int >= 0 = 0")
-    .Attr("scale: string = '8.539734222673566'")
-    .Attr("offset: string = '1.0'")
+    .LBE_EPILOGUE_ATTRIBUTES
     .SetShapeFn([](InferenceContext* c) -> absl::Status {
       ShapeHandle y, units, scalar;
       TF_RETURN_IF_ERROR(c->Merge(c->input(0), c->input(1), &y));
@@ -219,67 +225,33 @@ dz: The gradient with respect to z; in the memory of dy where nobody else needs 
 dbias: That with respect to the bias, the sum of dz, if there is one.
 )doc");
 
-// What the kernels of all ops share: attributes and the sizes of x.
-class BatchEntropyKernel : public OpKernel {
- public:
-  explicit BatchEntropyKernel(OpKernelConstruction* context)
-      : OpKernel(context) {
-    OP_REQUIRES_OK(context, ReadAttributes(context, &dtype_, &formula_));
-  }
-
-  // Run where it becomes ready: a layer's statistics take less time than waking
-  // another thread, and large ones are cut into parts anyway.
-  bool IsExpensive() override { return false; }
-
- protected:
-  struct Sizes {
-    int64_t rows;
-    int64_t units;
-    TensorShape unit_shape;
-    bool enough() const { return rows >= 2 && units >= 1; }
-  };
-
-  static absl::Status SizesOf(const Tensor& x, Sizes* sizes) {
-    const Dims dims = x.shape().dim_sizes();
-    TF_RETURN_IF_ERROR(CheckBatch(dims));
-    sizes->rows = dims[0];
-    // Not RemoveDim, which aborts where the product of the others overflows.
-    TF_RETURN_IF_ERROR(TensorShape::BuildTensorShape(
-        absl::MakeConstSpan(dims).subspan(1), &sizes->unit_shape));
-    sizes->units = sizes->unit_shape.num_elements();
-    return absl::OkStatus();
-  }
-
-  static ManyDims InputDims(OpKernelContext* context) {
-    ManyDims inputs;
-    for (int i = 0; i < context->num_inputs(); ++i) {
-      inputs.push_back(context->input(i).shape().dim_sizes());
-    }
-    return inputs;
-  }
-
-  // Allocates the outputs from `first` on: entropy, mean, variance, valid.
-  static absl::Status AllocateStatistics(OpKernelContext* context, int first,
-                                         const Sizes& sizes,
-                                         std::array<Tensor*, 4>* statistics) {
-    const TensorShape scalar({});
-    for (int i = 0; i < 4; ++i) {
-      const bool of_units = i == 1 || i == 2;
-      TF_RETURN_IF_ERROR(context->allocate_output(
-          first + i, of_units ? sizes.unit_shape : scalar, &(*statistics)[i]));
-    }
-    return absl::OkStatus();
-  }
-
-  static absl::Status AllocateWorkspace(OpKernelContext* context, int64_t bytes,
-                                        Tensor* workspace) {
-    return context->allocate_temp(tensorflow::DT_INT8, TensorShape({bytes}),
-                                  workspace);
-  }
-
-  DType dtype_;
-  Formula formula_;
+// The sizes of a batch.
+struct Sizes {
+  int64_t rows;
+  int64_t units;
+  TensorShape unit_shape;
+  bool empty() const { return rows == 0 || units == 0; }
+  bool have_entropy() const { return rows >= 2 && units >= 1; }
 };
+
+absl::Status SizesOf(const Tensor& x, Sizes* sizes) {
+  const Dims dims = x.shape().dim_sizes();
+  TF_RETURN_IF_ERROR(CheckBatch(dims));
+  sizes->rows = dims[0];
+  // Not RemoveDim, which aborts where the product of the others overflows.
+  TF_RETURN_IF_ERROR(TensorShape::BuildTensorShape(
+      absl::MakeConstSpan(dims).subspan(1), &sizes->unit_shape));
+  sizes->units = sizes->unit_shape.num_elements();
+  return absl::OkStatus();
+}
+
+ManyDims InputDims(OpKernelContext* context) {
+  ManyDims inputs;
+  for (int i = 0; i < context->num_inputs(); ++i) {
+    inputs.push_back(context->input(i).shape().dim_sizes());
+  }
+  return inputs;
+}
 
 // The launchers of kernels.h for one device, with one signature for both.
 // Pointers are to that device's memory.
@@ -292,41 +264,21 @@ class Cpu {
     std::memset(tensor->data(), 0, tensor->TotalBytes());
     return absl::OkStatus();
   }
-  template <typename... Arguments>
-  int64_t ForwardWorkspace(Arguments... arguments) const {
-    return BatchEntropyForwardCpuWorkspace(arguments..., pool_->NumThreads());
+  int64_t ForwardWorkspace(const Problem& problem,
+                           bool /*has_epilogue*/) const {
+    return ForwardCpuWorkspace(problem, pool_->NumThreads());
   }
-  absl::Status Forward(DType dtype, const void* x, int64_t rows, int64_t units,
-                       const Formula& formula, void* workspace, void* mean,
-                       void* variance, void* entropy, void* valid) const {
-    SetScalar(dtype, 1, valid);
-    BatchEntropyForwardCpu(parallel(), dtype, x, rows, units, formula,
-                           workspace, mean, variance, entropy);
+  absl::Status Forward(const Problem& problem,
+                       const ForwardArguments& arguments) const {
+    ForwardCpu(parallel(), problem, arguments);
     return absl::OkStatus();
   }
-  template <typename... Arguments>
-  absl::Status Gradient(const Arguments&... arguments) const {
-    BatchEntropyGradCpu(parallel(), arguments...);
-    return absl::OkStatus();
+  int64_t GradientWorkspace(const Problem& problem, int64_t channels) const {
+    return GradientCpuWorkspace(problem, channels);
   }
-  absl::Status EpilogueForward(DType dtype, const void* z,
-                               const Epilogue& epilogue, int64_t rows,
-                               int64_t units, const Formula& formula,
-                               void* workspace, void* y, void* mean,
-                               void* variance, void* entropy,
-                               void* valid) const {
-    SetScalar(dtype, 1, valid);
-    EpilogueForwardCpu(parallel(), dtype, z, epilogue, rows, units, formula,
-                       workspace, y, mean, variance, entropy);
-    return absl::OkStatus();
-  }
-  template <typename... Arguments>
-  int64_t EpilogueGradientWorkspace(const Arguments&... arguments) const {
-    return EpilogueGradCpuWorkspace(arguments...);
-  }
-  template <typename... Arguments>
-  absl::Status EpilogueGradient(const Arguments&... arguments) const {
-    EpilogueGradCpu(parallel(), arguments...);
+  absl::Status Gradient(const Problem& problem,
+                        const GradientArguments& arguments) const {
+    GradientCpu(parallel(), problem, arguments);
     return absl::OkStatus();
   }
 
@@ -358,29 +310,19 @@ class Gpu {
   absl::Status SetZero(Tensor* tensor) const {
     return Status(SetZeroCuda(stream_, tensor->data(), tensor->TotalBytes()));
   }
-  template <typename... Arguments>
-  int64_t ForwardWorkspace(Arguments... arguments) const {
-    return BatchEntropyForwardCudaWorkspace(arguments...);
+  int64_t ForwardWorkspace(const Problem& problem, bool has_epilogue) const {
+    return ForwardCudaWorkspace(problem, has_epilogue);
   }
-  template <typename... Arguments>
-  absl::Status Forward(const Arguments&... arguments) const {
-    return Status(BatchEntropyForwardCuda(stream_, arguments...));
+  absl::Status Forward(const Problem& problem,
+                       const ForwardArguments& arguments) const {
+    return Status(ForwardCuda(stream_, problem, arguments));
   }
-  template <typename... Arguments>
-  absl::Status Gradient(const Arguments&... arguments) const {
-    return Status(BatchEntropyGradCuda(stream_, arguments...));
+  int64_t GradientWorkspace(const Problem& problem, int64_t channels) const {
+    return GradientCudaWorkspace(problem, channels);
   }
-  template <typename... Arguments>
-  absl::Status EpilogueForward(const Arguments&... arguments) const {
-    return Status(EpilogueForwardCuda(stream_, arguments...));
-  }
-  template <typename... Arguments>
-  int64_t EpilogueGradientWorkspace(const Arguments&... arguments) const {
-    return EpilogueGradCudaWorkspace(arguments...);
-  }
-  template <typename... Arguments>
-  absl::Status EpilogueGradient(const Arguments&... arguments) const {
-    return Status(EpilogueGradCuda(stream_, arguments...));
+  absl::Status Gradient(const Problem& problem,
+                        const GradientArguments& arguments) const {
+    return Status(GradientCuda(stream_, problem, arguments));
   }
 
  private:
@@ -394,11 +336,79 @@ class Gpu {
 };
 #endif  // LBE_CUDA
 
+// What the kernels of all ops share.
 template <typename Device>
-class BatchEntropyOp : public BatchEntropyKernel {
+class Kernel : public OpKernel {
+ public:
+  explicit Kernel(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, ReadAttributes(context, &dtype_, &formula_));
+  }
+
+  // Run where it becomes ready: a layer's statistics take less time than waking
+  // another thread, and large ones are cut into parts anyway.
+  bool IsExpensive() override { return false; }
+
+ protected:
+  // A batch of one has no entropy, but the output of an epilogue. Its variance
+  // is 0 then.
+  Problem ProblemOf(const Sizes& sizes) const {
+    Problem problem{dtype_, sizes.rows, sizes.units, formula_};
+    if (!sizes.have_entropy()) problem.formula.ddof = 0;
+    return problem;
+  }
+
+  // Runs a forward pass where `run` says so, with arguments that have x and
+  // what belongs to an epilogue. The outputs from `first` on are entropy, mean,
+  // variance and valid: what is not defined is 0.
+  absl::Status Forward(OpKernelContext* context, const Sizes& sizes, bool run,
+                       int first, ForwardArguments arguments) const {
+    std::array<Tensor*, 4> outputs;
+    for (int i = 0; i < 4; ++i) {
+      const bool of_units = i == 1 || i == 2;
+      TF_RETURN_IF_ERROR(context->allocate_output(
+          first + i, of_units ? sizes.unit_shape : TensorShape({}),
+          &outputs[i]));
+    }
+    const auto [entropy, mean, variance, valid] = outputs;
+    const Device device(context);
+    if (run) {
+      const Problem problem = ProblemOf(sizes);
+      Tensor workspace;
+      TF_RETURN_IF_ERROR(AllocateWorkspace(
+          context,
+          device.ForwardWorkspace(problem, arguments.epilogue != nullptr),
+          &workspace));
+      arguments.workspace = workspace.data();
+      arguments.entropy = entropy->data();
+      arguments.mean = mean->data();
+      arguments.variance = variance->data();
+      arguments.valid = valid->data();
+      TF_RETURN_IF_ERROR(device.Forward(problem, arguments));
+    } else {
+      TF_RETURN_IF_ERROR(device.SetZero(mean));
+      TF_RETURN_IF_ERROR(device.SetZero(variance));
+    }
+    if (run && sizes.have_entropy()) return absl::OkStatus();
+    TF_RETURN_IF_ERROR(device.SetZero(entropy));
+    return device.SetZero(valid);
+  }
+
+  static absl::Status AllocateWorkspace(OpKernelContext* context, int64_t bytes,
+                                        Tensor* workspace) {
+    return context->allocate_temp(tensorflow::DT_INT8, TensorShape({bytes}),
+                                  workspace);
+  }
+
+ private:
+  DType dtype_;
+  Formula formula_;
+};
+
+template <typename Device>
+class BatchEntropyOp : public Kernel<Device> {
  public:
   explicit BatchEntropyOp(OpKernelConstruction* context)
-      : BatchEntropyKernel(context) {
+      : Kernel<Device>(context) {
     OP_REQUIRES_OK(context, ReadSmallBatch(context, &zero_small_batch_));
   }
 
@@ -406,29 +416,12 @@ class BatchEntropyOp : public BatchEntropyKernel {
     const Tensor& x = context->input(0);
     Sizes sizes;
     OP_REQUIRES_OK(context, SizesOf(x, &sizes));
-    OP_REQUIRES(context, sizes.enough() || zero_small_batch_,
+    OP_REQUIRES(context, sizes.have_entropy() || zero_small_batch_,
                 SmallBatchError(x.shape().DebugString()));
-    std::array<Tensor*, 4> statistics;
-    OP_REQUIRES_OK(context, AllocateStatistics(context, 0, sizes, &statistics));
-    const auto [entropy, mean, variance, valid] = statistics;
-    const Device device(context);
-    if (!sizes.enough()) {
-      for (Tensor* output : statistics) {
-        OP_REQUIRES_OK(context, device.SetZero(output));
-      }
-      return;
-    }
-    Tensor workspace;
-    OP_REQUIRES_OK(
-        context,
-        AllocateWorkspace(
-            context, device.ForwardWorkspace(dtype_, sizes.rows, sizes.units),
-            &workspace));
-    OP_REQUIRES_OK(
-        context,
-        device.Forward(dtype_, x.data(), sizes.rows, sizes.units, formula_,
-                       workspace.data(), mean->data(), variance->data(),
-                       entropy->data(), valid->data()));
+    ForwardArguments arguments;
+    arguments.x = x.data();
+    OP_REQUIRES_OK(context, this->Forward(context, sizes, sizes.have_entropy(),
+                                          /*first=*/0, arguments));
   }
 
  private:
@@ -436,9 +429,9 @@ class BatchEntropyOp : public BatchEntropyKernel {
 };
 
 template <typename Device>
-class BatchEntropyGradOp : public BatchEntropyKernel {
+class BatchEntropyGradOp : public Kernel<Device> {
  public:
-  using BatchEntropyKernel::BatchEntropyKernel;
+  using Kernel<Device>::Kernel;
 
   void Compute(OpKernelContext* context) override {
     const Tensor& x = context->input(0);
@@ -449,156 +442,135 @@ class BatchEntropyGradOp : public BatchEntropyKernel {
     OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
                                 {0}, 0, x.shape(), &dx));
     const Device device(context);
-    if (!sizes.enough()) {
+    if (!sizes.have_entropy()) {
       OP_REQUIRES_OK(context, device.SetZero(dx));
       return;
     }
-    const auto input = [context](int i) -> const void* {
-      return i < context->num_inputs() ? context->input(i).data() : nullptr;
-    };
-    void* const dx_data = dx->data();
-    OP_REQUIRES_OK(context,
-                   device.Gradient(dtype_, x.data(), sizes.rows, sizes.units,
-                                   formula_, input(1), input(2), input(3),
-                                   input(4), input(5), dx_data));
+    GradientArguments arguments;
+    arguments.x = x.data();
+    arguments.mean = context->input(1).data();
+    arguments.variance = context->input(2).data();
+    arguments.entropy_grad = context->input(3).data();
+    if (context->num_inputs() > 4) {
+      arguments.mean_grad = context->input(4).data();
+      arguments.variance_grad = context->input(5).data();
+    }
+    arguments.dx = dx->data();
+    OP_REQUIRES_OK(context, device.Gradient(this->ProblemOf(sizes), arguments));
   }
 };
 
 // What the kernels of an epilogue and its gradient share.
-class EpilogueKernel : public BatchEntropyKernel {
+template <typename Device>
+class EpilogueKernel : public Kernel<Device> {
  public:
   explicit EpilogueKernel(OpKernelConstruction* context)
-      : BatchEntropyKernel(context) {
-    OP_REQUIRES_OK(context, ReadEpilogue(context, &epilogue_));
-    int biases;
-    OP_REQUIRES_OK(context, context->GetAttr("biases", &biases));
-    OP_REQUIRES(context, biases <= 1,
-                InvalidArgument("bias must be none or one. Received: ", biases,
-                                " tensors"));
-    has_bias_ = biases == 1;
+      : Kernel<Device>(context) {
+    OP_REQUIRES_OK(context, ReadEpilogue(context, &epilogue_, &has_bias_));
   }
 
  protected:
-  // With the bias, or any address in its place where only its gradient is
-  // wanted.
-  Epilogue EpilogueOf(const Tensor& y, const void* bias) const {
+  // The epilogue of z or y, without its bias.
+  Epilogue EpilogueOf(const Tensor& activations) const {
     Epilogue epilogue = epilogue_;
-    epilogue.bias = bias;
-    epilogue.channels = std::max<int64_t>(y.dim_size(y.dims() - 1), 1);
+    const int last = activations.dims() - 1;
+    epilogue.channels = std::max<int64_t>(activations.dim_size(last), 1);
     return epilogue;
   }
-  // A batch of one has no entropy, but an output. Its variance is 0 then.
-  Formula FormulaOf(const Sizes& sizes) const {
-    Formula formula = formula_;
-    if (!sizes.enough()) formula.ddof = 0;
-    return formula;
-  }
 
-  Epilogue epilogue_;
   bool has_bias_;
+
+ private:
+  Epilogue epilogue_;
 };
 
 template <typename Device>
-class EpilogueOp : public EpilogueKernel {
+class EpilogueOp : public EpilogueKernel<Device> {
  public:
-  using EpilogueKernel::EpilogueKernel;
+  using EpilogueKernel<Device>::EpilogueKernel;
 
   void Compute(OpKernelContext* context) override {
     const Tensor& z = context->input(0);
     Sizes sizes;
     OP_REQUIRES_OK(context, SizesOf(z, &sizes));
-    const void* bias = nullptr;
-    if (has_bias_) {
-      const Tensor& tensor = context->input(1);
-      OP_REQUIRES_OK(context, CheckBias(z.shape().dim_sizes(),
-                                        tensor.shape().dim_sizes()));
-      bias = tensor.data();
+    Epilogue epilogue = this->EpilogueOf(z);
+    if (this->has_bias_) {
+      const Tensor& bias = context->input(1);
+      OP_REQUIRES_OK(
+          context, CheckBias(z.shape().dim_sizes(), bias.shape().dim_sizes()));
+      epilogue.bias = bias.data();
     }
     Tensor* y;
-    if (epilogue_.activation == Activation::kLinear && !has_bias_) {
+    if (epilogue.activation == Activation::kLinear && !this->has_bias_) {
       context->set_output(0, z);  // not even a copy
       y = context->mutable_output(0);
     } else {
       OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
                                   {0}, 0, z.shape(), &y));
     }
-    std::array<Tensor*, 4> statistics;
-    OP_REQUIRES_OK(context, AllocateStatistics(context, 1, sizes, &statistics));
-    const auto [entropy, mean, variance, valid] = statistics;
-    const Device device(context);
-    if (sizes.rows == 0 || sizes.units == 0) {
-      for (Tensor* output : statistics) {
-        OP_REQUIRES_OK(context, device.SetZero(output));
-      }
-      return;
-    }
-    Tensor workspace;
-    OP_REQUIRES_OK(
-        context,
-        AllocateWorkspace(
-            context, device.ForwardWorkspace(dtype_, sizes.rows, sizes.units),
-            &workspace));
-    void* const y_data = y->data();
-    OP_REQUIRES_OK(
-        context, device.EpilogueForward(dtype_, z.data(), EpilogueOf(z, bias),
-                                        sizes.rows, sizes.units,
-                                        FormulaOf(sizes), workspace.data(),
-                                        y_data, mean->data(), variance->data(),
-                                        entropy->data(), valid->data()));
-    if (sizes.enough()) return;
-    OP_REQUIRES_OK(context, device.SetZero(entropy));
-    OP_REQUIRES_OK(context, device.SetZero(valid));
+    ForwardArguments arguments;
+    arguments.x = z.data();
+    arguments.epilogue = &epilogue;
+    arguments.y = y->data();
+    OP_REQUIRES_OK(context, this->Forward(context, sizes, !sizes.empty(),
+                                          /*first=*/1, arguments));
   }
 };
 
 template <typename Device>
-class EpilogueGradOp : public EpilogueKernel {
+class EpilogueGradOp : public EpilogueKernel<Device> {
  public:
-  using EpilogueKernel::EpilogueKernel;
+  using EpilogueKernel<Device>::EpilogueKernel;
 
   void Compute(OpKernelContext* context) override {
     const Tensor& dy = context->input(0);
     const Tensor& y = context->input(1);
+    const Tensor& entropy_grad = context->input(4);
     Sizes sizes;
     OP_REQUIRES_OK(context, SizesOf(y, &sizes));
     OP_REQUIRES_OK(context, CheckEpilogueGradInputs(InputDims(context)));
     Tensor *dz, *dbias = nullptr;
     OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
                                 {0}, 0, y.shape(), &dz));
-    if (has_bias_) {
+    if (this->has_bias_) {
       OP_REQUIRES_OK(context,
                      context->allocate_output(
                          1, TensorShape({y.dim_size(y.dims() - 1)}), &dbias));
     }
     const Device device(context);
-    if (sizes.rows == 0 || sizes.units == 0) {
-      if (has_bias_) OP_REQUIRES_OK(context, device.SetZero(dbias));
+    if (sizes.empty()) {
+      if (dbias != nullptr) OP_REQUIRES_OK(context, device.SetZero(dbias));
       return;
     }
+    const Problem problem = this->ProblemOf(sizes);
+    const Epilogue epilogue = this->EpilogueOf(y);
+    GradientArguments arguments;
+    arguments.x = y.data();
+    arguments.mean = context->input(2).data();
+    arguments.variance = context->input(3).data();
+    arguments.entropy_grad = entropy_grad.data();
     // The entropy of a batch of one is 0, whatever y is.
     Tensor zero;
-    const void* entropy_grad = context->input(4).data();
-    if (!sizes.enough()) {
-      OP_REQUIRES_OK(context, context->allocate_temp(context->input(4).dtype(),
+    if (!sizes.have_entropy()) {
+      OP_REQUIRES_OK(context, context->allocate_temp(entropy_grad.dtype(),
                                                      TensorShape({}), &zero));
       OP_REQUIRES_OK(context, device.SetZero(&zero));
-      entropy_grad = zero.data();
+      arguments.entropy_grad = zero.data();
     }
-    const Epilogue epilogue = EpilogueOf(y, has_bias_ ? y.data() : nullptr);
+    arguments.epilogue = &epilogue;
+    arguments.dy = dy.data();
+    arguments.dx = dz->data();
     Tensor workspace;
-    OP_REQUIRES_OK(context, AllocateWorkspace(
-                                context,
-                                device.EpilogueGradientWorkspace(
-                                    dtype_, epilogue, sizes.rows, sizes.units),
-                                &workspace));
-    void* const dz_data = dz->data();
-    void* const dbias_data = has_bias_ ? dbias->data() : nullptr;
-    OP_REQUIRES_OK(context,
-                   device.EpilogueGradient(
-                       dtype_, dy.data(), y.data(), epilogue, sizes.rows,
-                       sizes.units, FormulaOf(sizes), context->input(2).data(),
-                       context->input(3).data(), entropy_grad, workspace.data(),
-                       dz_data, dbias_data));
+    if (dbias != nullptr) {
+      OP_REQUIRES_OK(
+          context,
+          this->AllocateWorkspace(
+              context, device.GradientWorkspace(problem, epilogue.channels),
+              &workspace));
+      arguments.workspace = workspace.data();
+      arguments.dbias = dbias->data();
+    }
+    OP_REQUIRES_OK(context, device.Gradient(problem, arguments));
   }
 };
 

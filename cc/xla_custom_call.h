@@ -26,30 +26,23 @@ constexpr char kEpilogueGradCall[] = "lbe_epilogue_grad";
 
 enum class Platform { kHost, kCuda };
 
-// What a call carries beside its buffers.
-struct CustomCallOptions {
-  DType dtype;
-  Formula formula;
-  int64_t threads;    // for which the work is cut; on the host only
-  Epilogue epilogue;  // activation and alpha
-};
-
 // Whether this library can run the calls there: it has the kernels, and XLA has
 // accepted the handlers. Never if the environment says
 // LBE_OPS_XLA_CUSTOM_CALL=0, for comparisons with plain HLO.
 bool HasCustomCall(Platform platform);
 
-// Size of the workspace in bytes, at least 1: of the forward passes, and of the
-// gradient of an epilogue.
-int64_t ForwardCallWorkspace(Platform platform,
-                             const CustomCallOptions& options, int64_t rows,
-                             int64_t units);
-int64_t EpilogueGradCallWorkspace(Platform platform, DType dtype,
-                                  const Epilogue& epilogue, int64_t rows,
-                                  int64_t units);
+// Size of the workspace in bytes, at least 1: of the forward passes, whose work
+// is cut for so many threads on the host, and of a gradient with a bias of so
+// many channels, or 0.
+int64_t ForwardCallWorkspace(Platform platform, const Problem& problem,
+                             bool has_epilogue, int64_t threads);
+int64_t GradientCallWorkspace(Platform platform, const Problem& problem,
+                              int64_t channels);
 
-// The options in the form that XLA hands on: a dictionary in MLIR's syntax.
-std::string CustomCallConfig(const CustomCallOptions& options);
+// What a call carries beside its buffers, in the form that XLA hands on: a
+// dictionary in MLIR's syntax. Sizes come from the buffers.
+std::string CustomCallConfig(const Problem& problem, const Epilogue& epilogue,
+                             int64_t threads);
 
 }  // namespace lbe
 

@@ -46,8 +46,8 @@ def epilogue(
     Args:
         outputs: what the op returned.
         dy, entropy_grad: of y and of the entropy.
-        **attributes: those of the op: activation, alpha (the slope), ddof, scale,
-            offset, and the number of biases.
+        **attributes: those of the op: activation, slope, ddof, scale, offset, and
+            the number of biases.
     """
     y, _, mean, variance, _ = outputs
     dz, dbias = load().ops.lbe_epilogue_grad(
@@ -114,7 +114,7 @@ def _batch_entropy_grad_grad(
     return [x_grad, None, None, *grads_grads]
 
 
-_EPILOGUE_ATTRIBUTES = ("activation", "alpha", "ddof", "scale", "offset", "biases")
+_EPILOGUE_ATTRIBUTES = ("activation", "slope", "ddof", "scale", "offset", "biases")
 
 
 @_register("LBE>Epilogue")
@@ -145,7 +145,7 @@ def _epilogue_grad_grad(op: tf.Operation, *grads: tf.Tensor) -> list[tf.Tensor |
             inner.watch(y)
             entropy, _ = reference.batch_entropy_or_zero(y, **formula)
         share = inner.gradient(entropy, y, output_gradients=entropy_grad)
-        dz = derivative(y, float(op.get_attr("alpha"))) * (dy + share)
+        dz = derivative(y, float(op.get_attr("slope"))) * (dy + share)
         outputs = [dz]
         if op.get_attr("biases"):
             channels = tf.reshape(dz, [-1, tf.shape(dz)[-1]])

@@ -38,7 +38,6 @@ XLA_LIBRARY_NAME = "libxla_ops.so"
 # cc/tf_ops.cc and cc/xla_ops.cc embed this text, so that the version is known
 # without loading.
 _MARKER = re.compile(rb"lbe_ops was built for TensorFlow (\d+\.\d+)[^;]*;")
-_CUSTOM_CALL = re.compile(_MARKER.pattern + rb" custom call: 1;")
 
 _loading = threading.Lock()  # two threads must not register the ops twice
 
@@ -138,24 +137,28 @@ def select(native: bool | None = None) -> types.ModuleType | None:
 
 
 def _gpu_reason() -> str:
-    """Why a loaded library cannot serve the GPU that TensorFlow sees, or ''.
+    """Why a loaded library cannot serve a GPU that TensorFlow uses, or ''.
 
     TensorFlow would run the op on the CPU then, and copy every layer's activations
     there and back, without a word.
     """
-    if tf.config.get_visible_devices("GPU"):
-        return _gpu_problem()
-    return ""
+    gpus = tf.config.get_visible_devices("GPU")
+    return next(filter(None, (_gpu_problem(gpu.name) for gpu in gpus)), "")
 
 
-@functools.lru_cache(maxsize=1)
-def _gpu_problem() -> str:
+@functools.cache
+def _gpu_problem(name: str) -> str:
+    """The same of one GPU, by the name of its `tf.config.PhysicalDevice`.
+
+    It ends with the GPU's number among all that CUDA sees, those that
+    `tf.config.set_visible_devices` hides from TensorFlow included.
+    """
     ask = ctypes.CDLL(os.fspath(LIBRARY_PATH)).LbeGpuProblem
     ask.restype = ctypes.c_char_p
-    problem = ask().decode()
+    problem = ask(int(name.rpartition(":")[2])).decode()
     if not problem:
         return ""
-    problem = f"lbe_ops cannot use the GPU that TensorFlow sees: {problem}."
+    problem = f"lbe_ops cannot use a GPU that TensorFlow uses, {name}: {problem}."
     _warn(f"lbe_ops falls back to plain TensorFlow: {problem}")
     return problem
 
@@ -229,9 +232,7 @@ def _load() -> Native:
     if reason:
         _warn(f"lbe_ops has no native op under XLA (jit_compile=True): {reason}")
         return Native(ops, "", reason)
-    custom_call = _CUSTOM_CALL.search(path.read_bytes())
-    wanted = os.environ.get("LBE_OPS_XLA_CUSTOM_CALL") != "0"
-    return Native(ops, "", "", wanted and custom_call is not None)
+    return Native(ops, "", "", os.environ.get("LBE_OPS_XLA_CUSTOM_CALL") != "0")
 
 
 def _open(path: pathlib.Path, load: Callable[[str], Any]) -> tuple[Any, str]:

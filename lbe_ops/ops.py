@@ -236,7 +236,7 @@ def epilogue(
     biases = [] if bias is None else [bias]
     attributes = {
         "activation": activation,
-        "alpha": repr(float(slope)),
+        "slope": repr(float(slope)),
         **_attributes(formula),
     }
     outputs = call_with_gradient(

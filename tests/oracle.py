@@ -53,7 +53,8 @@ def flat(x):
 def moments(x, ddof=0):
     """Mean and variance [U]."""
     x = flat(x)
-    mean = x.mean(axis=0)
+    # Relative to the first row: equal values have a variance of exactly 0.
+    mean = x[0] + (x - x[0]).mean(axis=0)
     return mean, ((x - mean) ** 2).sum(axis=0) / (len(x) - ddof)
 
 
@@ -79,8 +80,8 @@ def batch_entropy_grad(x, ddof=0, scale=SCALE, offset=OFFSET):
     """dH/dx, of x's shape."""
     n, units = flat(x).shape
     mean, variance = moments(x, ddof)
-    slope = scale / (units * (n - ddof) * (scale * variance + offset))
-    return (slope * (flat(x) - mean)).reshape(np.shape(x))
+    share, reciprocal = scale / (units * (n - ddof)), 1 / (scale * variance + offset)
+    return (share * (reciprocal * (flat(x) - mean))).reshape(np.shape(x))
 
 
 def statistics_grad(x, mean_grad, variance_grad, ddof=0):
@@ -96,7 +97,9 @@ def canonical_moments(x):
     """Mean and sum of squares [U] by the canonical tree, in x's own dtype.
 
     Leaves are 8 rows; T(n) = merge(T(p), T(n - p)), p the largest power of two below
-    n. Every step is one IEEE operation, so that the kernels must give these bits.
+    n. The mean of a shorter leaf is relative to its first row, so that equal values
+    have no deviation from it. Every step is one IEEE operation, so that the kernels
+    must give these bits.
     """
     dtype = x.dtype.type
 
@@ -108,7 +111,11 @@ def canonical_moments(x):
         if leaves == 1:
             rows = x[8 * first : 8 * first + 8]
             zeros = np.zeros((8 - len(rows), x.shape[1]), dtype)
-            mean = pairwise([*rows, *zeros]) / dtype(len(rows))
+            if len(rows) == 8:
+                mean = pairwise(rows) / dtype(8)
+            else:
+                mean = pairwise([*(rows - rows[0]), *zeros]) / dtype(len(rows))
+                mean = rows[0] + mean
             squares = (rows - mean) * (rows - mean)
             return len(rows), mean, pairwise([*squares, *zeros])
         p = 1 << ((leaves - 1).bit_length() - 1)

@@ -72,7 +72,7 @@ def test_the_bits_of_the_cpu_in_an_epilogue(dtype, shape, bias, mode, rng):
             with tf.GradientTape() as tape:
                 tape.watch(arguments)
                 y, entropy, valid = lbe_ops.ops.epilogue(
-                    *arguments, activation=activation, alpha=0.3, native=True
+                    *arguments, activation=activation, slope=0.3, native=True
                 )
                 loss = tf.reduce_sum(tf.cast(y * y, entropy.dtype)) + 50 * entropy
             results += [y, entropy, valid, *tape.gradient(loss, arguments)]

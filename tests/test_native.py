@@ -166,10 +166,11 @@ def test_native_and_reference_agree(rng):
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    """As if TensorFlow saw a GPU, to a library that has not been asked yet."""
+    """As if TensorFlow used one GPU of two, in a library that has not been asked."""
     require_native()
+    gpu = tf.config.PhysicalDevice("/physical_device:GPU:1", "GPU")
     monkeypatch.setattr(
-        tf.config, "get_visible_devices", lambda kind=None: ["GPU:0"] * (kind == "GPU")
+        tf.config, "get_visible_devices", lambda kind=None: [gpu] * (kind == "GPU")
     )
     asked = native._gpu_problem
     asked.cache_clear()
@@ -179,17 +180,43 @@ def a_gpu(monkeypatch):
 
 def test_a_gpu_that_the_library_cannot_use_is_left_to_tensorflow(a_gpu, no_environment):
     """One warning with the reason, and never copies to the CPU and back."""
-    if import_numpy_module().cuda_system()["problem"] == "":
+    if import_numpy_module().cuda_system(1)["problem"] == "":
         pytest.skip("the library can use this machine's GPU")
-    with pytest.warns(RuntimeWarning, match="cannot use the GPU") as caught:
+    with pytest.warns(RuntimeWarning, match="cannot use a GPU.*GPU:1: ") as caught:
         assert not is_native()
     assert len(caught) == 1
     assert not is_native()
     assert native.compiles()  # the reference, which XLA compiles
-    with pytest.raises(lbe_ops.NativeUnavailableError, match="cannot use the GPU"):
+    with pytest.raises(lbe_ops.NativeUnavailableError, match="cannot use a GPU"):
         lbe_ops.batch_entropy(X, native=True)
 
 
 def test_a_gpu_that_the_library_can_use(a_gpu, no_environment, monkeypatch):
-    monkeypatch.setattr(native, "_gpu_problem", lambda: "")
+    monkeypatch.setattr(native, "_gpu_problem", lambda name: "")
     assert is_native()
+
+
+def test_every_gpu_that_tensorflow_uses_is_asked_about(
+    a_gpu, no_environment, monkeypatch
+):
+    """By the number that CUDA has for it, and once; the others are not."""
+    asked = []
+
+    class Library:
+        class LbeGpuProblem:
+            restype = None
+
+            def __new__(cls, device):
+                asked.append(device)
+                return b"it is too old" if device == 3 else b""
+
+    gpus = [
+        tf.config.PhysicalDevice(f"/physical_device:GPU:{i}", "GPU") for i in (1, 3)
+    ]
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind=None: gpus)
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda path: Library)
+    with pytest.warns(RuntimeWarning, match="GPU:3: it is too old") as caught:
+        assert native.select() is None
+    assert native.select() is None
+    assert len(caught) == 1
+    assert asked == [1, 3]

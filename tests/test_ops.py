@@ -14,6 +14,7 @@ import tensorflow as tf
 from helpers import (
     DTYPES,
     TOLERANCES,
+    Tolerance,
     assert_grad,
     assert_statistics,
     import_numpy_module,
@@ -168,6 +169,66 @@ def test_dead_units_have_a_finite_gradient(device, path, dtype):
     entropy, grad = value_and_grad(path, x)
     assert float(entropy) == 0
     assert np.asarray(tf.cast(grad, tf.float64)).tolist() == np.zeros((4, 3)).tolist()
+
+
+CONSTANTS = [7.1310568, -0.1, 1 / 3, 1e-3, 48000.0]
+
+
+def test_a_unit_that_does_not_vary_has_a_variance_of_exactly_zero(path, dtype):
+    """Whatever N: the mean of N equal numbers must be that number."""
+    formula = {"scale": 80.0, "offset": 1.3e-3}
+
+    def function(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            entropy = lbe_ops.batch_entropy(x, **formula)
+        without_offset = lbe_ops.batch_entropy(x, offset=0.0)
+        mean, variance, _ = lbe_ops.unit_statistics(x)
+        return entropy, tape.gradient(entropy, x), without_offset, mean, variance
+
+    # XLA compiles anew for every N: a few do there.
+    sizes = range(2, 41) if path.mode != "xla" else (2, 3, 5, 7, 10, 13, 25, 40)
+    for n in sizes:
+        x, exact = tensor(np.tile(CONSTANTS, (n, 1)), dtype)
+        entropy, grad, without_offset, mean, variance = path.run(function, x)
+        assert float(entropy) == pytest.approx(0.5 * math.log(1.3e-3), rel=1e-6)
+        assert without_offset == -np.inf
+        np.testing.assert_array_equal(mean, exact[0].astype(mean.dtype.name))
+        np.testing.assert_array_equal(variance, np.zeros(len(CONSTANTS)))
+        np.testing.assert_array_equal(tf.cast(grad, tf.float64), np.zeros_like(exact))
+        assert oracle.moments(exact)[1].tolist() == [0.0] * len(CONSTANTS)
+
+
+@pytest.mark.parametrize("offset", [1.0, 0.0])
+@pytest.mark.parametrize("size", [1e18, 1e-15])
+def test_the_gradient_of_huge_and_tiny_activations(path, dtype, size, offset, rng):
+    """dx of 1e-22, whose factors times each other float32 cannot hold."""
+    if dtype == "float16":
+        pytest.skip("float16 holds no such numbers")
+    x, exact = tensor(rng.normal(scale=size, size=(100, 50)), dtype)
+    entropy, grad = value_and_grad(path, x, offset=offset)
+    # Logarithms of 40 are added, and the float32 squares of 1e-15 are tiny.
+    assert_statistics(
+        entropy, oracle.batch_entropy(exact, offset=offset), Tolerance(2e-5, 0, 0)
+    )
+    expected = oracle.batch_entropy_grad(exact, offset=offset)
+    assert 0 < np.abs(expected).max() < (1e-20 if size > 1 else np.inf)
+    assert_grad(grad, expected, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("activation", ["linear", "relu"])
+def test_the_gradient_of_an_epilogue_of_huge_activations(path, activation, rng):
+    x, exact = tensor(rng.normal(scale=1e18, size=(100, 50)), "float32")
+
+    def function(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            _, entropy, _ = ops.epilogue(x, activation=activation)
+        return tape.gradient(entropy, x)
+
+    y = exact if activation == "linear" else np.maximum(exact, 0)
+    expected = oracle.batch_entropy_grad(y) * (1 if activation == "linear" else y > 0)
+    assert_grad(path.run(function, x), expected, TOLERANCES["float32"])
 
 
 @pytest.mark.parametrize("unit", [3, 37], ids=["in a full line", "in the tail"])

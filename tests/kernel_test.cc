@@ -95,6 +95,7 @@ double Get(const Half& x) {
 template <typename Element, typename Result>
 void Test(DType dtype, int64_t rows, int64_t units, double grad_tolerance) {
   const Formula formula = {8.5, 0.75, 1};
+  const Problem problem = {dtype, rows, units, formula};
   const double tolerance = sizeof(Result) == 8 ? 1e-12 : 1e-5;
   // One element off alignment: no result may need more than an element's.
   Buffer storage((rows * units + 1) * sizeof(Element));
@@ -118,29 +119,38 @@ void Test(DType dtype, int64_t rows, int64_t units, double grad_tolerance) {
     const Parallel parallel = {threads, nullptr, RunOnThreads};
     Buffer mean(units * sizeof(Result)), variance(units * sizeof(Result));
     Buffer entropy(sizeof(Result)), dx(bytes), in_place(bytes);
-    Buffer workspace(
-        BatchEntropyForwardCpuWorkspace(dtype, rows, units, threads));
-    BatchEntropyForwardCpu(parallel, dtype, values, rows, units, formula,
-                           workspace.data, mean.data, variance.data,
-                           entropy.data);
-    BatchEntropyGradCpu(parallel, dtype, values, rows, units, formula,
-                        mean.data, variance.data, &entropy_grad, mean_grad.data,
-                        variance_grad.data, dx.data);
+    Buffer workspace(ForwardCpuWorkspace(problem, threads));
+    ForwardArguments forward;
+    forward.x = values;
+    forward.workspace = workspace.data;
+    forward.entropy = entropy.data;
+    forward.mean = mean.data;
+    forward.variance = variance.data;
+    ForwardCpu(parallel, problem, forward);
+    GradientArguments gradient;
+    gradient.x = values;
+    gradient.mean = mean.data;
+    gradient.variance = variance.data;
+    gradient.entropy_grad = &entropy_grad;
+    gradient.mean_grad = mean_grad.data;
+    gradient.variance_grad = variance_grad.data;
+    gradient.dx = dx.data;
+    GradientCpu(parallel, problem, gradient);
     std::memcpy(in_place.data, values, bytes);
-    BatchEntropyGradCpu(parallel, dtype, in_place.data, rows, units, formula,
-                        mean.data, variance.data, &entropy_grad, mean_grad.data,
-                        variance_grad.data, in_place.data);
+    gradient.x = gradient.dx = in_place.data;
+    GradientCpu(parallel, problem, gradient);
     Check(in_place == dx, "gradient in place", dtype, rows, units, threads);
     // Without gradients of the statistics, as training calls it: the same as
     // with zeros.
     Buffer zeros(units * sizeof(Result)), with_zeros(bytes), without(bytes);
     std::memset(zeros.data, 0, zeros.size);
-    BatchEntropyGradCpu(parallel, dtype, values, rows, units, formula,
-                        mean.data, variance.data, &entropy_grad, zeros.data,
-                        zeros.data, with_zeros.data);
-    BatchEntropyGradCpu(parallel, dtype, values, rows, units, formula,
-                        mean.data, variance.data, &entropy_grad, nullptr,
-                        nullptr, without.data);
+    gradient.x = values;
+    gradient.mean_grad = gradient.variance_grad = zeros.data;
+    gradient.dx = with_zeros.data;
+    GradientCpu(parallel, problem, gradient);
+    gradient.mean_grad = gradient.variance_grad = nullptr;
+    gradient.dx = without.data;
+    GradientCpu(parallel, problem, gradient);
     Check(without == with_zeros, "gradient of the entropy alone", dtype, rows,
           units, threads);
     if (threads == 1) {
@@ -198,7 +208,7 @@ void Test(DType dtype, int64_t rows, int64_t units, double grad_tolerance) {
 template <typename Element, typename Result>
 void TestEpilogue(DType dtype, int64_t rows, int64_t units, int64_t channels,
                   double tolerance) {
-  const Formula formula = {8.5, 0.75, 1};
+  const Problem problem = {dtype, rows, units, {8.5, 0.75, 1}};
   const size_t bytes = rows * units * sizeof(Element);
   Buffer z(bytes), dy(bytes), bias(channels * sizeof(Element));
   std::mt19937 random(2);
@@ -226,41 +236,67 @@ void TestEpilogue(DType dtype, int64_t rows, int64_t units, int64_t channels,
       const Parallel parallel = {threads, nullptr, RunOnThreads};
       Epilogue epilogue;
       epilogue.activation = activation.value;
-      epilogue.alpha = 0.5;
+      epilogue.slope = 0.5;
       epilogue.bias = bias.data;
       epilogue.channels = channels;
       Buffer y(bytes), dz(bytes), dbias(channels * sizeof(Element));
       Buffer mean(units * sizeof(Result)), variance(units * sizeof(Result));
       Buffer entropy(sizeof(Result)), same_mean(units * sizeof(Result)),
           same_variance(units * sizeof(Result)), same_entropy(sizeof(Result));
-      Buffer workspace(
-          BatchEntropyForwardCpuWorkspace(dtype, rows, units, threads));
-      EpilogueForwardCpu(parallel, dtype, z.data, epilogue, rows, units,
-                         formula, workspace.data, y.data, mean.data,
-                         variance.data, entropy.data);
-      BatchEntropyForwardCpu(parallel, dtype, y.data, rows, units, formula,
-                             workspace.data, same_mean.data, same_variance.data,
-                             same_entropy.data);
+      Buffer workspace(ForwardCpuWorkspace(problem, threads));
+      ForwardArguments forward;
+      forward.x = z.data;
+      forward.epilogue = &epilogue;
+      forward.y = y.data;
+      forward.workspace = workspace.data;
+      forward.entropy = entropy.data;
+      forward.mean = mean.data;
+      forward.variance = variance.data;
+      ForwardCpu(parallel, problem, forward);
+      ForwardArguments same = forward;
+      same.x = y.data;
+      same.epilogue = nullptr;
+      same.entropy = same_entropy.data;
+      same.mean = same_mean.data;
+      same.variance = same_variance.data;
+      ForwardCpu(parallel, problem, same);
       Check(mean == same_mean && variance == same_variance &&
                 entropy == same_entropy,
             (std::string("statistics of y, ") + activation.name).c_str(), dtype,
             rows, units, threads);
       Buffer in_place(bytes);
       std::memcpy(in_place.data, z.data, bytes);
-      EpilogueForwardCpu(parallel, dtype, in_place.data, epilogue, rows, units,
-                         formula, workspace.data, in_place.data, mean.data,
-                         variance.data, entropy.data);
+      forward.x = forward.y = in_place.data;
+      ForwardCpu(parallel, problem, forward);
       Check(in_place == y,
             (std::string("epilogue in place, ") + activation.name).c_str(),
             dtype, rows, units, threads);
-      Buffer sums(EpilogueGradCpuWorkspace(dtype, epilogue, rows, units));
-      EpilogueGradCpu(parallel, dtype, dy.data, y.data, epilogue, rows, units,
-                      formula, mean.data, variance.data, &entropy_grad,
-                      sums.data, dz.data, dbias.data);
+      Buffer sums(GradientCpuWorkspace(problem, channels));
+      GradientArguments gradient;
+      gradient.x = y.data;
+      gradient.mean = mean.data;
+      gradient.variance = variance.data;
+      gradient.entropy_grad = &entropy_grad;
+      gradient.epilogue = &epilogue;
+      gradient.dy = dy.data;
+      gradient.workspace = sums.data;
+      gradient.dx = dz.data;
+      gradient.dbias = dbias.data;
+      GradientCpu(parallel, problem, gradient);
+      Buffer without_bias(bytes);
+      gradient.dx = without_bias.data;
+      gradient.dbias = gradient.workspace = nullptr;
+      GradientCpu(parallel, problem, gradient);
+      Check(without_bias == dz,
+            (std::string("epilogue's gradient without a bias, ") +
+             activation.name)
+                .c_str(),
+            dtype, rows, units, threads);
       std::memcpy(in_place.data, dy.data, bytes);
-      EpilogueGradCpu(parallel, dtype, in_place.data, y.data, epilogue, rows,
-                      units, formula, mean.data, variance.data, &entropy_grad,
-                      sums.data, in_place.data, dbias.data);
+      gradient.dy = gradient.dx = in_place.data;
+      gradient.workspace = sums.data;
+      gradient.dbias = dbias.data;
+      GradientCpu(parallel, problem, gradient);
       Check(in_place == dz,
             (std::string("epilogue's gradient in place, ") + activation.name)
                 .c_str(),
@@ -281,19 +317,56 @@ void TestEpilogue(DType dtype, int64_t rows, int64_t units, int64_t channels,
   }
 }
 
+// Units that do not vary have a variance of exactly 0 and a mean of exactly
+// their value, whatever the number of rows.
+template <typename Element, typename Result>
+void TestConstant(DType dtype, int64_t rows) {
+  const int64_t units = 21;
+  Buffer x(rows * units * sizeof(Element)), mean(units * sizeof(Result)),
+      variance(units * sizeof(Result)), entropy(sizeof(Result));
+  for (int64_t i = 0; i < rows * units; ++i) {
+    Put(7.1310568f * static_cast<float>(1 + i % units),
+        static_cast<Element*>(x.data) + i);
+  }
+  const Problem problem = {dtype, rows, units, {80, 1.3e-3, 1}};
+  Buffer workspace(ForwardCpuWorkspace(problem, 1));
+  ForwardArguments forward;
+  forward.x = x.data;
+  forward.workspace = workspace.data;
+  forward.entropy = entropy.data;
+  forward.mean = mean.data;
+  forward.variance = variance.data;
+  ForwardCpu({1, nullptr, RunOnThreads}, problem, forward);
+  for (int64_t u = 0; u < units; ++u) {
+    Check(static_cast<Result*>(variance.data)[u] == 0 &&
+              static_cast<Result*>(mean.data)[u] ==
+                  static_cast<Result>(Get(static_cast<Element*>(x.data)[u])),
+          "a unit that does not vary", dtype, rows, units, 1);
+  }
+}
+
 int Main() {
-  const int64_t shapes[][2] = {{2, 1},      {3, 17},     {8, 16},
-                               {9, 65},     {31, 130},   {512, 128},
-                               {300, 1000}, {1100, 300}, {8200, 20},
-                               {60000, 9},  {64, 4500},  {2100, 4352}};
+  for (int64_t rows = 2; rows <= 70; ++rows) {
+    TestConstant<Half, float>(DType::kFloat16, rows);
+    TestConstant<BFloat16, float>(DType::kBFloat16, rows);
+    TestConstant<float, float>(DType::kFloat32, rows);
+    TestConstant<double, double>(DType::kFloat64, rows);
+  }
+  const int64_t shapes[][2] = {
+      {2, 1},     {3, 17},      {8, 16},     {9, 65},    {31, 130},
+      {512, 128}, {300, 1000},  {1100, 300}, {8200, 20}, {60000, 9},
+      {64, 4500}, {2100, 4352}, {70, 5},     {67, 200},  {17, 9000}};
   for (const auto& shape : shapes) {
     Test<Half, float>(DType::kFloat16, shape[0], shape[1], 2e-3);
     Test<BFloat16, float>(DType::kBFloat16, shape[0], shape[1], 1e-2);
     Test<float, float>(DType::kFloat32, shape[0], shape[1], 1e-4);
     Test<double, double>(DType::kFloat64, shape[0], shape[1], 1e-10);
   }
-  for (const auto& shape :
-       {std::array<int64_t, 3>{65, 33, 33}, {130, 60, 5}, {700, 1100, 1100}}) {
+  for (const auto& shape : {std::array<int64_t, 3>{65, 33, 33},
+                            {130, 60, 5},
+                            {40, 3, 3},
+                            {700, 1100, 1100},
+                            {90, 8300, 4150}}) {
     const auto [rows, units, channels] = shape;
     TestEpilogue<Half, float>(DType::kFloat16, rows, units, channels, 1e-3);
     TestEpilogue<BFloat16, float>(DType::kBFloat16, rows, units, channels,

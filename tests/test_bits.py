@@ -43,10 +43,9 @@ def test_mean_variance_and_gradient_are_the_canonical_bits(dtype, shape):
     n, units = shape
     scalar = wide.dtype.type
     variance = m2 / scalar(n - 1)
-    slope = scalar(-2.5 * (oracle.SCALE / (float(units) * (n - 1)))) / (
-        variance * scalar(oracle.SCALE) + scalar(1)
-    )
-    dx = (slope * (wide - mean)).astype(x.dtype)
+    share = scalar(-2.5 * (oracle.SCALE / (float(units) * (n - 1))))
+    reciprocal = scalar(1) / (variance * scalar(oracle.SCALE) + scalar(1))
+    dx = (share * (reciprocal * (wide - mean))).astype(x.dtype)
     for threads in THREADS:
         entropy, *actual = lbe_ops_numpy.batch_entropy(x, ddof=1, threads=threads)
         np.testing.assert_array_equal(actual[0], mean)

@@ -70,21 +70,22 @@ def run_stages(
             for name in stage.needs
             if not any(o["stage"] == name and o["status"] == "ok" for o in outcomes)
         ]
-        if stage.lacks:
-            outcome = {"stage": stage.name, "status": f"left out: {stage.lacks}"}
-        elif missing:
-            outcome = {
-                "stage": stage.name,
-                "status": f"left out: it needs {', '.join(missing)}",
-            }
-        elif left < LEAST_SECONDS:
-            outcome = {"stage": stage.name, "status": "left out: no time is left"}
+        limit = min(stage.seconds, left)
+        reason = stage.lacks
+        if not reason and missing:
+            reason = f"it needs {', '.join(missing)}"
+        if not reason and left < LEAST_SECONDS:
+            reason = "no time is left"
+        if reason:
+            outcome = {"stage": stage.name, "status": f"left out: {reason}"}
         else:
-            print(
-                f"--- {stage.name}, at most {min(stage.seconds, left):.0f} s",
-                flush=True,
-            )
-            outcome = run_stage(stage, folder, min(stage.seconds, left))
+            print(f"--- {stage.name}, at most {limit:.0f} s", flush=True)
+            try:
+                outcome = run_stage(stage, folder, limit)
+            except BaseException:  # somebody ends this process
+                outcomes.append({"stage": stage.name, "status": "ended with the run"})
+                keep(outcomes, folder, archive, most_bytes)
+                raise
         outcomes.append(outcome)
         print(f"    {stage.name}: {outcome['status']}", flush=True)
         keep(outcomes, folder, archive, most_bytes)

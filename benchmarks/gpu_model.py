@@ -52,7 +52,10 @@ BANDWIDTH_SHARE = 0.985
 ISSUE_SHARE = 0.9
 # What L2 takes of writes; assumed.
 L2_BYTES_PER_SECOND = 5.5e12
-# Microseconds: until the first bytes arrive and after the last; between two launches.
+# Nodes that a thread merges, where the last blocks of a launch do it.
+MERGE_NODES = 16
+# Microseconds: until the first bytes arrive and after the last; between two launches,
+# or a memset and a launch.
 START = 2.0
 GAP = 1.0
 # Microseconds of a launch that only adds up; of the sum that a last block adds up.
@@ -140,15 +143,19 @@ class Design:
 
     Attributes:
         launches: of a forward pass: 2 where a second one merges the splits or adds up
-            the units; 1 where the last blocks of the first do.
-        blocks: to aim for in a launch; None for two waves of those that are resident.
+            the units; 1 where the last blocks of the first do, after a small memset of
+            their tickets.
+        blocks: to aim for in a launch; None for the launchers' own choice: as many as
+            there are tiles, if these make a wave, or else nearly two waves.
         cheap_epilogue: instructions and those for the ALU of an epilogue that is
             linear, relu or leaky_relu, by dtype.
         saved: instructions that an exponential takes less than _EPILOGUE says, for
             each element of a thread.
         write_amplification: how many times as often as needed L2 is written to by the
             gradient of an epilogue without a bias, whose stores may be narrow.
-        merge: cycles of a merge of splits: its start, each round of eight, its end.
+        merge: cycles of a merge of splits by a second launch: its start, each round of
+            eight, its end; or of each level of a merge by the last blocks.
+        sum_parts: threads that add up the gradient of one channel's bias.
         resident: blocks on a multiprocessor where they are others than in the tables:
             by kind ("forward", "epilogue", "gradient", "epilogue gradient", "bias
             gradient") and dtype.
@@ -159,14 +166,26 @@ class Design:
     cheap_epilogue: Mapping[str, tuple[float, float]]
     saved: float = 0
     write_amplification: float = 1
-    merge: tuple[float, float, float] = (342, 3900, 3500)
+    merge: tuple[float, ...] = (342, 3900, 3500)
+    sum_parts: int = 32
     resident: Mapping[tuple[str, str], int] = dataclasses.field(default_factory=dict)
 
 
 # As the kernels were when their instructions were counted.
 TWO_LAUNCHES = Design(2, 1024, {"float32": (992, 661), "float16": (1563, 812)})
-# One launch a forward pass, specialised code for cheap activations, shorter series.
-ONE_LAUNCH = Design(1, None, {"float32": (374, 249), "float16": (809, 420)}, saved=8)
+# One launch a forward pass, specialised code for cheap activations, shorter series of
+# exponentials; the cycles of a level of the merge are estimated.
+ONE_LAUNCH = Design(
+    1,
+    None,
+    {"float32": (374, 249), "float16": (809, 420)},
+    saved=8,
+    merge=(3500,),
+    sum_parts=256,
+    resident={
+        ("epilogue gradient", dtype): 2 for dtype in ("float32", "float16", "bfloat16")
+    },
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,20 +244,27 @@ class Launch:
         tiles, splits: blocks across and down.
         lanes: threads side by side in a block.
         run_rows: rows of a thread, or of as many threads as take turns at them.
+        tile_columns: columns of a tile.
     """
 
     tiles: int
     splits: int
     lanes: int
     run_rows: int
+    tile_columns: int
 
     @property
     def blocks(self) -> int:
         return self.tiles * self.splits
 
 
-def launch_of(what: Pass, dtype: str, shape: Sequence[int], wanted: int) -> Launch:
-    """The launch of a pass that aims for so many blocks."""
+def launch_of(
+    what: Pass, dtype: str, shape: Sequence[int], blocks: int | None, wave: int = 0
+) -> Launch:
+    """The launch of a pass that aims for so many blocks; see Design.blocks.
+
+    `wave` is how many blocks all multiprocessors have at once.
+    """
     rows, units = shape
     columns = 16 // ELEMENT_BYTES[dtype]
     vectors = _ceil_div(units, columns)
@@ -249,6 +275,7 @@ def launch_of(what: Pass, dtype: str, shape: Sequence[int], wanted: int) -> Laun
             lanes //= 2
     groups = 32 * WARPS // lanes
     tiles = _ceil_div(units, lanes * columns)
+    wanted = blocks or (tiles if tiles >= wave else 2 * wave - 2 * wave // 8)
     if what.gradient:
         longest, shortest = 64, LEAF_ROWS if what.bias else 4
     else:
@@ -260,7 +287,8 @@ def launch_of(what: Pass, dtype: str, shape: Sequence[int], wanted: int) -> Laun
         or tiles * _ceil_div(rows, run_rows * groups) < wanted
     ):
         run_rows //= 2
-    return Launch(tiles, _ceil_div(rows, run_rows * groups), lanes, run_rows)
+    splits = _ceil_div(rows, run_rows * groups)
+    return Launch(tiles, splits, lanes, run_rows, lanes * columns)
 
 
 def predict(
@@ -270,8 +298,8 @@ def predict(
     kernel = kernel_of(what, dtype, design)
     if kernel is None:
         return None
-    wanted = design.blocks or 2 * gpu.multiprocessors * kernel.resident
-    launch = launch_of(what, dtype, shape, wanted)
+    wave = gpu.multiprocessors * kernel.resident
+    launch = launch_of(what, dtype, shape, design.blocks, wave)
     return _first(what, dtype, shape, gpu, design, kernel, launch) + _rest(
         what, dtype, shape, launch, design
     )
@@ -324,19 +352,23 @@ def _rest(
     if what.gradient:
         if not what.bias or rows <= 64:
             return 0.0
-        rounds = _ceil_div(_ceil_div(rows, 64), 32 * 8)
+        rounds = _ceil_div(_ceil_div(rows, 64), design.sum_parts * 8)
         return GAP + SUM + rounds * LATENCY * cycle
     if launch.blocks == 1:
         return 0.0
+    if design.launches == 1:  # of merges, all but the last ones are hidden
+        cluster = MERGE_NODES * max(1, 32 * WARPS // launch.tile_columns)
+        nodes, levels = launch.splits, 0
+        while nodes > 1:
+            nodes, levels = _ceil_div(nodes, cluster), levels + 1
+        return GAP + levels * sum(design.merge) * cycle + LAST_SUM
     if launch.splits == 1:
-        return GAP + SUM if design.launches > 1 else LAST_SUM
+        return GAP + SUM
     lanes = _power_of_two(_ceil_div(units, 2), 32)
     at_once = 32 * WARPS // lanes * 8  # splits that a block merges in one round
     start, per_round, end = design.merge
     rounds = _power_of_two(_ceil_div(launch.splits, at_once), 2**30)
     merge = (start + rounds * per_round + end) * cycle
-    if design.launches == 1:  # those of all tiles but the last ones are hidden
-        return merge + LAST_SUM
     waves = _ceil_div(_ceil_div(units, 2 * lanes), 2 * H100.multiprocessors)
     return GAP + waves * merge + LAST_SUM
 

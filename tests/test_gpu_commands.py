@@ -615,6 +615,19 @@ def test_launches_are_those_of_the_code(load_script):
         assert (launch.tiles, launch.splits, launch.run_rows) == (tiles, splits, rows)
 
 
+def test_launches_of_the_launchers_choice(load_script):
+    """No splits where the tiles make a wave, or else nearly two waves of blocks."""
+    model = load_script("gpu_model")
+    for dtype, shape, wave, blocks in (
+        ("float16", IMAGES, 264, 784),
+        ("float32", IMAGES, 396, 1568),
+        ("float32", MIDDLE, 396, 1024),
+        ("float16", MIDDLE, 264, 512),
+    ):
+        launch = model.launch_of(model.Pass(), dtype, shape, None, wave)
+        assert launch.blocks == blocks
+
+
 def test_the_model_follows_the_design(load_script):
     """Fewer launches, blocks, registers and wider stores change what it says."""
     model = load_script("gpu_model")
@@ -624,9 +637,12 @@ def test_the_model_follows_the_design(load_script):
         what = what or model.Pass()
         return model.predict(what, dtype, shape, model.H200, design)
 
-    one = model.dataclasses.replace(two, launches=1)
-    assert time() - time(design=one) == pytest.approx(model.GAP)
-    assert time(shape=IMAGES, design=one) < time(shape=IMAGES)
+    one = model.dataclasses.replace(two, launches=1, merge=(3500,))
+    for shape in (MIDDLE, IMAGES, NARROW, (512, 128)):
+        assert time(shape=shape, design=one) < time(shape=shape)
+    assert time(dtype="float16", shape=IMAGES, design=one) < 0.5 * time(
+        dtype="float16", shape=IMAGES
+    )
     crowded = model.dataclasses.replace(two, resident={("forward", "float16"): 3})
     assert time(dtype="float16", design=crowded) < time(dtype="float16")
     narrow = model.dataclasses.replace(two, write_amplification=8)

@@ -235,7 +235,7 @@ def evidence_stages(output: pathlib.Path, emulate: bool = False) -> list[Stage]:
         Stage(
             "tests",
             [sys.executable, *PYTEST, "--deselect"]
-            + ["test_cuda_arrays.py::test_compute_sanitizer"],
+            + ["tests/test_cuda_arrays.py::test_compute_sanitizer"],
             90,
             ROOT / "tests",
             env,

@@ -425,6 +425,15 @@ def test_the_stages_of_evidence(load_script, monkeypatch, tmp_path):
         *("-m", "pytest", "-m", "gpu and not slow", "-W", "default")
     ]
     assert of["tests"].env["LBE_REQUIRE_GPU"] == "1"
+    collected = subprocess.run(
+        [*of["tests"].command, "--collect-only", "-q", "test_cuda_arrays.py"],
+        cwd=of["tests"].folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "test_values_and_bits" in collected.stdout, collected.stdout
+    assert "sanitizer" not in collected.stdout  # a stage of its own
     for name in ("bits", "tests", "memcheck", "bench", "counters", "peers"):
         assert of[name].needs == ["build"]
         assert not of[name].lacks

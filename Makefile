@@ -5,6 +5,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+EVIDENCE_ARGS ?=
 # TensorFlow's log holds errors only.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 EXTRAS := cpu experiments bench test dev
@@ -19,7 +20,7 @@ SOURCES := $(shell find lbe_ops cc cuda -type f -not -name '*.py[co]' \
            CMakeLists.txt setup.py MANIFEST.in README.md LICENSE
 CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.cu tests/*.h tests/*.cc)
 
-.PHONY: help demo test test-keras build bench bench-training test-gpu bench-gpu lint format sanitize clean
+.PHONY: help demo test test-keras build bench bench-training test-gpu bench-gpu evidence-gpu lint format sanitize clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -57,10 +58,14 @@ bench-training: $(PACKAGE) ## training with LBE against training without, into r
 # With what $(PYTHON) can import, without .venv: a GPU machine may reach no package
 # registry. TensorFlow's part only where it is installed.
 test-gpu: ## correctness on this machine's GPU
-	$(PYTHON) .ci/on_gpu.py test $(PYTEST_ARGS)
+	$(PYTHON) benchmarks/on_gpu.py test $(PYTEST_ARGS)
 
 bench-gpu: ## the benchmark on this machine's GPU, into results/benchmark-gpu
-	$(PYTHON) .ci/on_gpu.py bench $(BENCH_ARGS)
+	$(PYTHON) benchmarks/on_gpu.py bench $(BENCH_ARGS)
+
+# Its archive is all that is needed from the machine: EVIDENCE_ARGS="--archive FILE".
+evidence-gpu: ## in ten minutes, all that a GPU can tell, into results/gpu-evidence
+	$(PYTHON) benchmarks/on_gpu.py evidence $(EVIDENCE_ARGS)
 
 lint: $(REQUIREMENTS) ## check the style of Python and C++
 	$(BIN)/ruff check .

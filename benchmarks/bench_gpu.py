@@ -4,15 +4,23 @@
 Variants: the kernels through lbe_ops_numpy, launched one by one ("fused eager") and
 replayed as a CUDA graph ("fused"); PyTorch's formula, eager and compiled; JAX's under
 jit; TensorFlow's op, outside of XLA and within, and its plain graph and XLA, where
-these packages are installed. Passes: forward (the entropy), gradient (dx, for the
-statistics that are there), and both.
+these packages are installed.
+
+Passes: forward (the entropy of x), gradient (dx, for the statistics that are there),
+and both; the same of a layer's end, y = activation(z + bias) and the entropy of y, and
+its gradient from dy, for an activation that costs nothing and one that does (relu,
+tanh), without and with a bias.
 
 Every variant is first compared with the float64 oracle of the tests. Then all take
-turns, round by round, together with copies of as many bytes, and a copy and a read of
-1 GiB. Before each turn the L2 cache is filled with something else, and a turn takes
-every x once. So forward and gradient alone find none of x there; in forward+gradient,
-the second may find what the first has read. Statistics and workspace are the same for
-every x.
+turns, round by round, together with copies and reads of as many bytes, and of 1 GiB.
+Before each turn the L2 cache is filled with something else, and a turn takes every x
+once. So forward and gradient alone find none of x there; in forward+gradient, the
+second may find what the first has read. Tensors that fit the L2 cache are timed there
+as well ("in L2"), as a training step finds them. Statistics and workspace are the same
+for every x. For an H100 or H200 the table has what gpu_model.py predicts.
+
+Whatever fails is named in the row that it belongs to, and all the rest is measured; the
+exit status is 1 where that was one of the kernels. Results are written after every row.
 """
 
 from __future__ import annotations
@@ -25,6 +33,8 @@ import importlib
 import math
 import os
 import pathlib
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +46,7 @@ os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import formulas
+import gpu_model
 import numpy as np
 import report
 from machine import describe
@@ -49,20 +60,89 @@ try:
 except ImportError:
     sys.exit("error: PyTorch holds the buffers and the clock: pip install torch")
 
-SHAPES = ("128x32", "512x128", "512x1024", "1024x4096", "4096x4096", "16384x16384")
-SHAPES += ("128x200704",)
-# Half precision is timed where bytes decide.
-HALF_SHAPES = ("4096x4096", "16384x16384", "128x200704")
-PASSES = ("forward", "gradient", "forward+gradient")
+# What says most comes first: a run may be cut off. Dense layers, an image, columns
+# that are no multiple of 16 bytes, few columns.
+SHAPES = ("4096x4096", "128x200704", "65536x64", "512x128", "16384x16384")
+SHAPES += ("4096x777", "1024x4096", "128x100352", "512x1024", "256x4095", "128x32")
+# Half precision is timed where bytes decide, and where rows are not aligned.
+HALF_SHAPES = ("4096x4096", "128x200704", "65536x64", "16384x16384", "4096x777")
+SHAPES_OF = {
+    "float32": SHAPES,
+    "float16": HALF_SHAPES,
+    "bfloat16": HALF_SHAPES,
+    "float64": ("4096x4096",),
+}
 # Of the largest absolute value of the result; a check of sanity, not of precision.
-TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
+TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2, "float64": 1e-6}
 # Columns of x repeat after so many, so that the oracle has less to do.
-PERIOD = 1024
+PERIOD = 256
 TURN_BYTES = 64 * 2**20
-MOST_BUFFERS = 64
+MOST_BUFFERS = 16
 LARGE_COPY_BYTES = 2**30
+# That are compared at a time, in float64.
+MOST_ELEMENTS = 2**25
+# Of one tensor: three of them fit the L2 cache of an H100.
+MOST_BYTES_IN_L2 = 16e6
+HOT_REPEATS = 20
 
-Results = tuple[Any, Any]  # entropy and dx (a tensor of torch), or None
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a turn computes for each tensor: a forward pass, a gradient, or both."""
+
+    forward: bool
+    gradient: bool
+    activation: str | None = None
+    bias: bool = False
+
+    @property
+    def tensors(self) -> tuple[int, int]:
+        """How many of x's size are read and written, and how many only read."""
+        read = written = 0
+        if self.forward:
+            read += 1
+            written += self.activation is not None
+        if self.gradient:
+            read += 1 + (self.activation is not None)
+            written += 1
+        return read + written, read - written
+
+    def predicted_seconds(
+        self, dtype: str, shape: Sequence[int], gpu: gpu_model.Gpu | None
+    ) -> float | None:
+        """By the model; both passes one after the other, with nothing in L2."""
+        parts = [
+            gpu
+            and gpu_model.predict(
+                gpu_model.Pass(gradient, self.activation, self.bias), dtype, shape, gpu
+            )
+            for gradient, wanted in ((False, self.forward), (True, self.gradient))
+            if wanted
+        ]
+        return None if None in parts else 1e-6 * sum(parts)
+
+
+PASSES = {
+    "forward": Kind(True, False),
+    "gradient": Kind(False, True),
+    "forward+gradient": Kind(True, True),
+}
+for _activation in ("relu", "tanh"):
+    PASSES |= {
+        f"{_activation} forward": Kind(True, False, _activation),
+        f"{_activation} gradient": Kind(False, True, _activation),
+        f"{_activation}+bias forward": Kind(True, False, _activation, True),
+        f"{_activation}+bias gradient": Kind(False, True, _activation, True),
+        f"{_activation}+bias forward+gradient": Kind(True, True, _activation, True),
+    }
+# Value and derivative as functions of z.
+ACTIVATIONS = {
+    "relu": (lambda z: np.maximum(z, 0), lambda z: 1.0 * (z > 0)),
+    "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
+}
+
+# What was computed for the first x, by name: entropy, y, dx (dz of an epilogue), dbias.
+Results = dict[str, Any]
 
 
 class UnavailableError(Exception):
@@ -102,16 +182,36 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Some tensors x [N, U] of one shape, dtype and content, and what is wanted."""
+    """Some tensors of one shape, dtype and content; what is computed is chosen later.
+
+    Attributes:
+        setting: where they are.
+        base: the columns that repeat, in float64: "x", "bias", "dy".
+        x, dy: tensors [N, U]; where the L2 cache may hold them, the same one again.
+        bias: [U].
+        hot: whether it may.
+        oracles: what has been computed for `base` already.
+    """
 
     setting: Setting
-    kind: str  # one of PASSES
-    base: np.ndarray  # the columns that repeat
+    base: dict[str, np.ndarray]
     x: Sequence[torch.Tensor]
+    dy: Sequence[torch.Tensor]
+    bias: torch.Tensor
+    hot: bool
+    oracles: dict[object, Results] = dataclasses.field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.x[0].shape)
 
     @property
     def dtype(self) -> str:
         return str(self.x[0].dtype).removeprefix("torch.")
+
+    @property
+    def bytes(self) -> int:
+        return self.x[0].numel() * self.x[0].element_size()
 
     @property
     def entropy_grad(self) -> float:
@@ -120,23 +220,40 @@ class Problem:
         With 1, float16 has no numbers for a dx of 1 / (N U). A power of two, exact in
         every dtype, and no larger than the formula in float16 can take.
         """
-        rows, units = self.x[0].shape
-        return 2.0 ** min(15, int(math.log2(rows * units)))
+        return entropy_grad_of(self.shape)
 
-    def oracle(self, ddof: int) -> tuple[float, torch.Tensor]:
-        """The entropy, and the gradient for the columns that repeat."""
-        repeats = self.x[0].shape[1] // self.base.shape[1]
-        entropy, dx = _oracle_of(self.base.tobytes(), self.base.shape, ddof)
-        dx = dx * (self.entropy_grad / repeats)
-        return entropy, torch.from_numpy(dx).to(self.setting.device)
+    def distinct(self, tensors: Sequence[Any]) -> int:
+        return 1 if self.hot else len(tensors)
+
+    def oracle(self, kind: Kind, ddof: int) -> Results:
+        """The results for the columns that repeat."""
+        key = (kind.activation, kind.bias, ddof)
+        if key not in self.oracles:
+            self.oracles[key] = self._oracle(kind, ddof)
+        return self.oracles[key]
+
+    def _oracle(self, kind: Kind, ddof: int) -> Results:
+        z = self.base["x"]
+        repeats = self.shape[1] // z.shape[1]
+        found: dict[str, np.ndarray] = {}
+        if kind.activation is None:
+            y, derivative, dy = z, 1.0, 0.0
+        else:
+            value, slope = ACTIVATIONS[kind.activation]
+            z = z + self.base["bias"] if kind.bias else z
+            y, derivative, dy = value(z), slope(z), self.base["dy"]
+            found["y"] = y
+        share = oracle.batch_entropy_grad(y, ddof) * (self.entropy_grad / repeats)
+        found["dx"] = derivative * (dy + share)
+        if kind.bias:
+            found["dbias"] = found["dx"].sum(axis=0)
+        device = self.setting.device
+        tensors = {name: torch.from_numpy(a).to(device) for name, a in found.items()}
+        return {"entropy": float(oracle.batch_entropy(y, ddof)), **tensors}
 
 
-@functools.lru_cache(maxsize=4)
-def _oracle_of(
-    content: bytes, shape: tuple[int, int], ddof: int
-) -> tuple[float, np.ndarray]:
-    base = np.frombuffer(content, np.float64).reshape(shape)
-    return oracle.batch_entropy(base, ddof), oracle.batch_entropy_grad(base, ddof)
+def entropy_grad_of(shape: Sequence[int]) -> float:
+    return 2.0 ** min(15, int(math.log2(math.prod(shape))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +262,7 @@ class Calls:
 
     Attributes:
         run: computes for every x of the problem, once.
-        results: (entropy, dx) of the first x, each None where it is not computed.
+        results: of the first x.
         by_host: whether it runs on a stream of its own, so that the host must wait.
     """
 
@@ -158,7 +275,7 @@ class Calls:
 class Variant:
     name: str
     ddof: int
-    prepare: Callable[[Problem], Calls]
+    prepare: Callable[[Problem, Kind], Calls]
 
 
 class Named:
@@ -166,7 +283,7 @@ class Named:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         kinds = {torch.bfloat16: "<V2", torch.float16: "<f2", torch.float32: "<f4"}
-        kinds |= {torch.uint8: "|u1"}
+        kinds |= {torch.float64: "<f8", torch.uint8: "|u1"}
         self.tensor = tensor
         self.__cuda_array_interface__ = {
             "version": 2,
@@ -177,43 +294,91 @@ class Named:
         }
 
 
-def fused(problem: Problem, as_graph: bool) -> Calls:
-    """The kernels, on memory that is there already."""
+def fused(problem: Problem, kind: Kind, as_graph: bool, blocks: int = 0) -> Calls:
+    """The kernels, on memory that is there already; 0 blocks are their own choice."""
     kernels, device = problem.setting.kernels, problem.setting.device
-    units = problem.x[0].shape[1]
-    entropy_grad = Named(torch.full((), problem.entropy_grad, device=device))
-    size = kernels.cuda_workspace_bytes(Named(problem.x[0]))
-    workspace = Named(torch.empty(size, dtype=torch.uint8, device=device))
-    inputs = [Named(x) for x in problem.x]
-    outputs = [Named(torch.empty_like(x)) for x in problem.x]
-    out = [
-        Named(torch.full(shape, math.nan, device=device))
-        for shape in ((), (units,), (units,))
-    ]
+    units = problem.shape[1]
+    result = torch.float64 if problem.dtype == "float64" else torch.float32
 
-    def stream() -> int | None:
-        return torch.cuda.current_stream().cuda_stream if device == "cuda" else None
+    def new(*shape: int, dtype: torch.dtype = result) -> Named:
+        return Named(torch.full(shape, math.nan, dtype=dtype, device=device))
 
-    def forward(x: Named) -> None:
-        kernels.batch_entropy(x, out=out, workspace=workspace, stream=stream())
+    def like(tensors: Sequence[torch.Tensor]) -> list[Named]:
+        """One for each tensor that is another."""
+        made = [
+            Named(torch.full_like(tensor, math.nan))
+            for tensor in tensors[: problem.distinct(tensors)]
+        ]
+        return made * (len(tensors) // len(made))
 
-    def gradient(x: Named, dx: Named) -> None:
-        kernels.batch_entropy_grad(x, *out[1:], entropy_grad, dx=dx, stream=stream())
+    def bytes_for(size: int) -> Named:
+        return Named(torch.empty(max(size, 16), dtype=torch.uint8, device=device))
+
+    epilogue = kind.activation is not None
+    x, dy = [Named(t) for t in problem.x], [Named(t) for t in problem.dy]
+    bias = Named(problem.bias) if kind.bias else None
+    y = like(problem.x) if epilogue else x
+    dx = like(problem.x) if kind.gradient else []
+    dbias = new(units, dtype=problem.x[0].dtype) if kind.bias else None
+    out = [new(*shape) for shape in ((), (units,), (units,))]
+    entropy_grad = new()
+    entropy_grad.tensor.fill_(problem.entropy_grad)
+    sizes = {"epilogue": True} if epilogue else {}
+    workspace = bytes_for(kernels.cuda_workspace_bytes(x[0], blocks=blocks, **sizes))
+    grad_workspace = None
+    if kind.bias and kind.gradient:
+        grad_workspace = bytes_for(kernels.cuda_grad_workspace_bytes(y[0]))
+
+    def options() -> dict[str, Any]:
+        on_gpu = device == "cuda"
+        stream = torch.cuda.current_stream().cuda_stream if on_gpu else None
+        return {"stream": stream, "blocks": blocks}
+
+    def forward(i: int) -> None:
+        given = {"out": out, "workspace": workspace, **options()}
+        if epilogue:
+            kernels.epilogue(x[i], bias, activation=kind.activation, y=y[i], **given)
+        else:
+            kernels.batch_entropy(x[i], **given)
+
+    def gradient(i: int) -> None:
+        given = (*out[1:], entropy_grad)
+        if not epilogue:
+            kernels.batch_entropy_grad(x[i], *given, dx=dx[i], **options())
+            return
+        kernels.epilogue_grad(
+            *(dy[i], y[i], *given),
+            activation=kind.activation,
+            bias_grad=kind.bias,
+            dz=dx[i],
+            dbias=dbias,
+            workspace=grad_workspace,
+            **options(),
+        )
 
     def run() -> None:
-        for x, dx in zip(inputs, outputs, strict=True):
-            if problem.kind != "gradient":
-                forward(x)
-            if problem.kind != "forward":
-                gradient(x, dx)
+        for i in range(len(x)):
+            if kind.forward:
+                forward(i)
+            if kind.gradient:
+                gradient(i)
 
     def results() -> Results:
         run_all()
         problem.setting.synchronize()
-        entropy = None if problem.kind == "gradient" else out[0].tensor
-        return entropy, None if problem.kind == "forward" else outputs[0].tensor
+        found = {}
+        if kind.forward:
+            found["entropy"] = out[0].tensor
+            if epilogue:
+                found["y"] = y[0].tensor
+        if kind.gradient:
+            found["dx"] = dx[0].tensor
+            if kind.bias:
+                found["dbias"] = dbias.tensor
+        return found
 
-    forward(inputs[0])  # the statistics that a gradient alone needs
+    for i in range(problem.distinct(x)):  # what a gradient alone needs
+        forward(i)
     run_all = graph_of(run) if as_graph and problem.setting.on_gpu else run
     return Calls(run_all, results)
 
@@ -223,68 +388,114 @@ def graph_of(run: Callable[[], None]) -> Callable[[], None]:
     run()  # loads what is loaded at the first launch
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # What JAX's threads do meanwhile must not end the capture.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         run()
     return graph.replay
 
 
-def torch_formula(problem: Problem, compiled: bool) -> Calls:
+def named_results(kind: Kind, y: Any, entropy: Any, grads: Sequence[Any]) -> Results:
+    """Those of a formula, which computes forward and maybe the gradient, too."""
+    found = {"entropy": entropy}
+    if kind.activation is not None:
+        found["y"] = y
+    return found | dict(zip(("dx", "dbias"), grads, strict=False))
+
+
+def torch_formula(problem: Problem, kind: Kind, compiled: bool) -> Calls:
     """The formula of the PyTorch original."""
-    with_gradient = problem.kind != "forward"
-    entropy = formulas.pytorch_original()
+    formula = formulas.pytorch_original()
+
+    def forward(z: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, Any]:
+        if kind.activation is None:
+            return None, formula(z)
+        y = getattr(torch, kind.activation)(z if bias is None else z + bias)
+        return y, formula(y)
+
     if compiled:
         torch.compiler.reset()
-        entropy = torch.compile(entropy, dynamic=False)
-    inputs = [x.detach().requires_grad_(with_gradient) for x in problem.x]
+        forward = torch.compile(forward, dynamic=False)
+    inputs = [x.detach().requires_grad_(kind.gradient) for x in problem.x]
+    bias = problem.bias.detach().requires_grad_(kind.gradient) if kind.bias else None
     entropy_grad = torch.full_like(inputs[0][0, 0], problem.entropy_grad)
 
-    def one(x: torch.Tensor) -> torch.Tensor:
-        x.grad = None
-        h = entropy(x)
-        if with_gradient:
-            h.backward(entropy_grad)
-        return h
+    def one(i: int) -> tuple[Any, Any]:
+        leaves = [inputs[i]] if bias is None else [inputs[i], bias]
+        for leaf in leaves:
+            leaf.grad = None
+        y, entropy = forward(inputs[i], bias)
+        if kind.gradient and y is None:
+            entropy.backward(entropy_grad)
+        elif kind.gradient:
+            torch.autograd.backward([y, entropy], [problem.dy[i], entropy_grad])
+        return y, entropy
 
     def run() -> None:
-        for x in inputs:
-            one(x)
+        for i in range(len(inputs)):
+            one(i)
 
     def results() -> Results:
-        h = one(inputs[0])
-        return h.detach(), inputs[0].grad if with_gradient else None
+        y, entropy = one(0)
+        leaves = [inputs[0]] if bias is None else [inputs[0], bias]
+        grads = [leaf.grad for leaf in leaves] if kind.gradient else []
+        return named_results(
+            kind, None if y is None else y.detach(), entropy.detach(), grads
+        )
 
     return Calls(run, results)
 
 
-def jax_formula(problem: Problem) -> Calls:
+def jax_formula(problem: Problem, kind: Kind) -> Calls:
+    """One jitted function over all tensors of a turn, as a graph is one replay."""
     try:
         import jax
     except ImportError as error:
         raise UnavailableError(str(error)) from error
-    if problem.setting.on_gpu and jax.default_backend() != "gpu":
+    if problem.setting.on_gpu and jax.default_backend() not in ("gpu", "cuda"):
         raise UnavailableError(f"JAX runs on {jax.default_backend()}")
-    with_gradient = problem.kind != "forward"
-    entropy = formulas.jax_variance()
+    if problem.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise UnavailableError("float64 is off in JAX (jax_enable_x64)")
+    formula = formulas.jax_variance()
 
-    def scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        h = entropy(x)
-        return h * problem.entropy_grad, h
+    def forward(z: jax.Array, *bias: jax.Array) -> tuple[Any, Any]:
+        if kind.activation is None:
+            return (), formula(z)
+        z = sum(bias, z)
+        y = jax.numpy.tanh(z) if kind.activation == "tanh" else jax.nn.relu(z)
+        return y, formula(y)
 
-    gradient = jax.grad(scaled, has_aux=True)  # dx, h
-    function = jax.jit(gradient if with_gradient else lambda x: (None, entropy(x)))
-    inputs = [jax.dlpack.from_dlpack(x) for x in problem.x]
+    def one(z: jax.Array, dy: jax.Array, bias: Sequence[jax.Array]) -> tuple[Any, ...]:
+        if not kind.gradient:
+            return *forward(z, *bias), ()
+        (y, entropy), pull_back = jax.vjp(forward, z, *bias)
+        entropy_grad = jax.numpy.full_like(entropy, problem.entropy_grad)
+        into_y = () if kind.activation is None else dy
+        return y, entropy, pull_back((into_y, entropy_grad))
+
+    @jax.jit
+    def function(inputs: Sequence[Any], grads: Sequence[Any], bias: Any) -> list[Any]:
+        return [one(z, dy, bias) for z, dy in zip(inputs, grads, strict=True)]
+
+    inputs = [jax.dlpack.from_dlpack(x.detach()) for x in problem.x]
+    grads = [jax.dlpack.from_dlpack(dy) for dy in problem.dy]
+    bias = [jax.dlpack.from_dlpack(problem.bias)] if kind.bias else []
 
     def run() -> None:
-        jax.block_until_ready([function(x) for x in inputs])
+        jax.block_until_ready(function(inputs, grads, bias))
 
     def results() -> Results:
-        dx, h = jax.block_until_ready(function(inputs[0]))
-        return float(h), None if dx is None else torch.from_dlpack(dx)
+        y, entropy, found = jax.block_until_ready(function(inputs, grads, bias))[0]
+        return named_results(
+            kind,
+            torch.from_dlpack(y) if kind.activation is not None else None,
+            float(entropy),
+            [torch.from_dlpack(grad) for grad in found],
+        )
 
     return Calls(run, results, by_host=True)
 
 
-def tensorflow_formula(problem: Problem, native: bool, xla: bool) -> Calls:
+def tensorflow_formula(problem: Problem, kind: Kind, native: bool, xla: bool) -> Calls:
     try:
         import tensorflow as tf
 
@@ -296,72 +507,96 @@ def tensorflow_formula(problem: Problem, native: bool, xla: bool) -> Calls:
     loaded = lbe_ops.native.load() if native else None
     if native and xla and not loaded.custom_call:
         raise UnavailableError(loaded.xla_reason or "XLA gets plain HLO of this build")
-    with_gradient = problem.kind != "forward"
+    dlpack = tf.experimental.dlpack
+
+    def given(tensor: torch.Tensor) -> tf.Tensor:
+        return dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(tensor.detach()))
+
+    def forward(x: tf.Tensor, bias: Sequence[tf.Tensor]) -> tuple[Any, ...]:
+        if kind.activation is None:
+            return (lbe_ops.batch_entropy(x, native=native),)
+        y, entropy, _ = lbe_ops.ops.epilogue(
+            x, *bias, activation=kind.activation, native=native
+        )
+        return entropy, y
 
     @tf.function(jit_compile=xla, autograph=False)
-    def function(x: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        if not with_gradient:
-            return (lbe_ops.batch_entropy(x, native=native),)
+    def function(x: tf.Tensor, dy: tf.Tensor, *bias: tf.Tensor) -> tuple[Any, ...]:
+        if not kind.gradient:
+            return forward(x, bias)
         with tf.GradientTape() as tape:
-            tape.watch(x)
-            h = lbe_ops.batch_entropy(x, native=native)
-        entropy_grad = tf.constant(problem.entropy_grad, h.dtype)
-        return h, tape.gradient(h, x, output_gradients=entropy_grad)
+            tape.watch([x, *bias])
+            found = forward(x, bias)
+        into = [tf.constant(problem.entropy_grad, found[0].dtype), dy][: len(found)]
+        return *found, *tape.gradient(found, [x, *bias], output_gradients=into)
 
-    dlpack = tf.experimental.dlpack
     inputs = [
-        dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(x.detach())) for x in problem.x
+        (given(x), given(dy)) for x, dy in zip(problem.x, problem.dy, strict=True)
     ]
+    bias = [given(problem.bias)] if kind.bias else []
 
     def run() -> None:
-        last = [function(x) for x in inputs][-1]
+        last = [function(*pair, *bias) for pair in inputs][-1]
         last[0].numpy()  # waits for TensorFlow's stream
 
     def results() -> Results:
-        h, *dx = found = function(inputs[0])
+        entropy, *rest = found = function(*inputs[0], *bias)
         if problem.setting.on_gpu and not all("GPU" in a.device for a in found):
-            raise UnavailableError(f"TensorFlow ran it on {h.device}")
+            raise UnavailableError(f"TensorFlow ran it on {entropy.device}")
         problem.setting.synchronize()
-        return float(h), torch.from_dlpack(dlpack.to_dlpack(dx[0])) if dx else None
+        tensors = [torch.from_dlpack(dlpack.to_dlpack(tensor)) for tensor in rest]
+        y = tensors.pop(0) if kind.activation is not None else None
+        return named_results(kind, y, float(entropy), tensors)
 
     return Calls(run, results, by_host=True)
 
 
 VARIANTS = {
-    variant.name: variant
-    for variant in (
-        Variant("fused", 0, lambda p: fused(p, as_graph=True)),
-        Variant("fused eager", 0, lambda p: fused(p, as_graph=False)),
-        Variant("torch eager", 1, lambda p: torch_formula(p, compiled=False)),
-        Variant("torch compile", 1, lambda p: torch_formula(p, compiled=True)),
-        Variant("JAX jit", 0, jax_formula),
-        Variant(
-            "TensorFlow op", 0, lambda p: tensorflow_formula(p, native=True, xla=False)
+    name: Variant(name, ddof, prepare)
+    for name, ddof, prepare in (
+        ("fused", 0, functools.partial(fused, as_graph=True)),
+        ("fused eager", 0, functools.partial(fused, as_graph=False)),
+        ("torch eager", 1, functools.partial(torch_formula, compiled=False)),
+        ("torch compile", 1, functools.partial(torch_formula, compiled=True)),
+        ("JAX jit", 0, jax_formula),
+        *(
+            (name, 0, functools.partial(tensorflow_formula, native=native, xla=xla))
+            for name, native, xla in (
+                ("TensorFlow op", True, False),
+                ("TensorFlow op XLA", True, True),
+                ("pure graph", False, False),
+                ("pure XLA", False, True),
+            )
         ),
-        Variant(
-            "TensorFlow op XLA",
-            0,
-            lambda p: tensorflow_formula(p, native=True, xla=True),
-        ),
-        Variant(
-            "pure graph", 0, lambda p: tensorflow_formula(p, native=False, xla=False)
-        ),
-        Variant("pure XLA", 0, lambda p: tensorflow_formula(p, native=False, xla=True)),
     )
 }
 
 
-def difference(found: Results, expected: tuple[float, torch.Tensor]) -> float:
-    """The larger relative difference of entropy and gradient; NaN if there is one."""
-    entropy, dx = found
+def with_blocks(blocks: int) -> Variant:
+    """The kernels, made to aim for so many blocks."""
+    prepare = functools.partial(fused, as_graph=True, blocks=blocks)
+    return Variant(f"fused, {blocks} blocks", 0, prepare)
+
+
+def difference(found: Results, expected: Results) -> float:
+    """The largest relative difference of a result; NaN if there is one."""
     worst = [0.0]
-    if entropy is not None:
-        worst.append(abs(float(entropy) - expected[0]) / abs(expected[0]))
-    if dx is not None:
-        wanted = expected[1]
-        for block in dx.split(wanted.shape[1], dim=1):
-            error = (block.to(wanted.device).double() - wanted).abs().max().item()
-            worst.append(error / wanted.abs().max().item())
+    for name, value in found.items():
+        wanted = expected[name]
+        if name == "entropy":
+            worst.append(abs(float(value) - wanted) / abs(wanted))
+            continue
+        period = wanted.shape[-1]
+        repeated = value.detach().reshape(-1, value.shape[-1] // period, period)
+        columns = wanted.reshape(-1, 1, period)
+        some = max(1, MOST_ELEMENTS // value.shape[-1])  # rows at a time
+        errors = [
+            (rows.to(columns.device).double() - expected_rows).abs().max()
+            for rows, expected_rows in zip(
+                repeated.split(some), columns.split(some), strict=True
+            )
+        ]
+        worst.append((torch.stack(errors).max() / columns.abs().max()).item())
     return math.nan if any(map(math.isnan, worst)) else max(worst)
 
 
@@ -372,22 +607,45 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {line}"
 
 
-def make_problem(
-    setting: Setting, shape: tuple[int, int], dtype: str, kind: str
-) -> Problem:
+def make_problem(setting: Setting, shape: tuple[int, int], dtype: str) -> Problem:
+    """Tensors that no cache holds: as many as make a turn long enough."""
     rows, units = shape
     period = PERIOD if units % PERIOD == 0 else units
     generator = torch.Generator().manual_seed(0)
-    base = torch.randn((rows, period), generator=generator).to(getattr(torch, dtype))
-    first = base.to(setting.device).repeat(1, units // period)
-    size = first.numel() * first.element_size()
+
+    def normal(*size: int, scale: float = 1.0) -> torch.Tensor:
+        values = scale * torch.randn(size, generator=generator)
+        return values.to(getattr(torch, dtype))
+
+    # dy is as large as the entropy's share, so that a check sees both.
+    share = entropy_grad_of(shape) / (rows * units)
+    base = {
+        "x": normal(rows, period),
+        "bias": normal(period),
+        "dy": normal(rows, period, scale=share),
+    }
+    size = rows * units * base["x"].element_size()
     buffers = min(MOST_BUFFERS, max(2, math.ceil(TURN_BYTES / size)))
     if not setting.on_gpu:
         buffers = 2
-    x = [first, *(first.clone() for _ in range(buffers - 1))]
+
+    def several(name: str) -> list[torch.Tensor]:
+        first = base[name].to(setting.device).repeat(1, units // period)
+        return [first, *(first.clone() for _ in range(buffers - 1))]
+
+    x, dy = several("x"), several("dy")
+    bias = base["bias"].to(setting.device).repeat(units // period)
     # TensorFlow's and JAX's streams wait for none of PyTorch's.
     setting.synchronize()
-    return Problem(setting, kind, base.double().numpy(), x)
+    exact = {name: tensor.double().numpy() for name, tensor in base.items()}
+    return Problem(setting, exact, x, dy, bias, hot=False)
+
+
+def in_l2(problem: Problem) -> Problem:
+    """The same tensor again and again."""
+    repeats = HOT_REPEATS if problem.setting.on_gpu else 2
+    x, dy = [problem.x[0]] * repeats, [problem.dy[0]] * repeats
+    return dataclasses.replace(problem, x=x, dy=dy, hot=True)
 
 
 def copies(setting: Setting, size: int, number: int) -> Calls:
@@ -400,92 +658,163 @@ def copies(setting: Setting, size: int, number: int) -> Calls:
         for source, target in pairs:
             target.copy_(source)
 
-    return Calls(run, lambda: (None, None))
+    return Calls(run, dict)
 
 
-def reads(setting: Setting, size: int) -> Calls:
-    source = torch.ones(max(size // 4, 1), device=setting.device)
-    return Calls(source.sum, lambda: (None, None))
+READ = """
+extern "C" __global__ void read(const uint4* from, long long count, unsigned* to) {
+  const long long step = (long long)gridDim.x * blockDim.x;
+  long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+  unsigned all = 0;
+  for (; i + 3 * step < count; i += 4 * step) {
+    const uint4 a = from[i], b = from[i + step];
+    const uint4 c = from[i + 2 * step], d = from[i + 3 * step];
+    all ^= a.x ^ a.y ^ a.z ^ a.w ^ b.x ^ b.y ^ b.z ^ b.w;
+    all ^= c.x ^ c.y ^ c.z ^ c.w ^ d.x ^ d.y ^ d.z ^ d.w;
+  }
+  for (; i < count; i += step) all ^= from[i].x ^ from[i].y ^ from[i].z ^ from[i].w;
+  if (all == 0x12345678u) *to = all;  // never; so that nothing is left out
+}
+"""
+
+
+@functools.lru_cache(maxsize=1)
+def read_kernel() -> tuple[Callable[[torch.Tensor], object], str]:
+    """What reads a tensor on the GPU as fast as it can be read, and its name.
+
+    Loads of 16 bytes, four of them under way in each thread, where CuPy compiles that.
+    """
+    try:
+        import cupy
+
+        kernel = cupy.RawKernel(READ, "read")
+        blocks = 8 * torch.cuda.get_device_properties(0).multi_processor_count
+        scratch = torch.zeros(4, device="cuda")
+
+        def read(tensor: torch.Tensor) -> None:
+            stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
+            size = tensor.numel() * tensor.element_size()
+            arguments = (
+                np.uint64(tensor.data_ptr()),
+                np.int64(size // 16),
+                np.uint64(scratch.data_ptr()),
+            )
+            with stream:
+                kernel((blocks,), (256,), arguments)
+
+        read(torch.zeros(64, device="cuda"))
+        torch.cuda.synchronize()
+        return read, "a kernel of wide loads"
+    except Exception as error:  # no CuPy, or one that cannot compile here
+        return torch.sum, f"PyTorch's sum (CuPy: {first_line(error)})"
+
+
+def reads(setting: Setting, size: int, number: int) -> Calls:
+    read = read_kernel()[0] if setting.on_gpu else torch.sum
+    sources = [
+        torch.ones(max(size // 4, 1), device=setting.device) for _ in range(number)
+    ]
+
+    def run() -> None:
+        for source in sources:
+            read(source)
+
+    return Calls(run, dict)
+
+
+def ceilings(problem: Problem) -> dict[str, tuple[Calls, int, int]]:
+    """What the memory reaches: calls, the bytes of an array, and how many arrays."""
+    setting, size, number = problem.setting, problem.bytes, len(problem.x)
+    large = LARGE_COPY_BYTES if setting.on_gpu else size
+    if problem.hot:
+        number = 1
+    return {
+        "copy": (copies(setting, size, number), size, number),
+        "read": (reads(setting, size, number), size, number),
+        "large copy": (copies(setting, large, 1), large, 1),
+        "large read": (reads(setting, large, 1), large, 1),
+    }
+
+
+def quantiles(values: np.ndarray) -> dict[str, float]:
+    low, median, high = np.quantile(values, (0.1, 0.5, 0.9))
+    return {"median": median, "q10": low, "q90": high}
+
+
+def row_of(problem: Problem, name: str) -> dict[str, Any]:
+    """A row of the results with nothing measured."""
+    copied, read = PASSES[name].tensors
+    return {
+        "shape": list(problem.shape),
+        "dtype": problem.dtype,
+        "pass": name + (", in L2" if problem.hot else ""),
+        "bytes": problem.bytes,
+        "buffers": 1 if problem.hot else len(problem.x),
+        "bytes_to_move": problem.bytes * copied,
+        "bytes_only_read": problem.bytes * read,
+        "seconds": {},
+        "times_fused": {},
+        "difference_from_oracle": {},
+        "skipped": {},
+    }
 
 
 def measure(
     problem: Problem,
+    name: str,
     chosen: Sequence[Variant],
     rounds: int,
     flush: Callable[[], object],
-) -> dict[str, object]:
-    """Checks, then times the variants on one shape; a row of the results."""
-    setting, number = problem.setting, len(problem.x)
-    size = problem.x[0].numel() * problem.x[0].element_size()
-    ready: dict[str, Calls] = {}
-    skipped: dict[str, str] = {}
-    differences: dict[str, float] = {}
+    memory: dict[str, tuple[Calls, int, int]],
+) -> dict[str, Any]:
+    """Checks, then times the variants of a pass; a row of the results."""
+    setting, kind = problem.setting, PASSES[name]
+    row = row_of(problem, name)
+    ready: dict[str, tuple[Calls, int]] = {}
     for variant in chosen:
         try:
-            calls = variant.prepare(problem)
-            worst = difference(calls.results(), problem.oracle(variant.ddof))
+            calls = variant.prepare(problem, kind)
+            worst = difference(calls.results(), problem.oracle(kind, variant.ddof))
             calls.run()
+            setting.synchronize()
         except Exception as error:  # a compiler or memory that is missing, for one
-            if variant.name == "fused":
-                raise
-            skipped[variant.name] = first_line(error)
+            row["skipped"][variant.name] = first_line(error)
             continue
-        differences[variant.name] = worst
+        row["difference_from_oracle"][variant.name] = worst
         if worst <= TOLERANCES[problem.dtype]:
-            ready[variant.name] = calls
+            ready[variant.name] = (calls, len(problem.x))
         else:
-            skipped[variant.name] = f"differs from the oracle by {worst:.1e}"
-    if "fused" not in ready:
-        sys.exit(f"error: the kernels, {tuple(problem.x[0].shape)}: {skipped}")
-    large = LARGE_COPY_BYTES if setting.on_gpu else size
-    moved = {"copy": (size, number), "large copy": (large, 1)}
-    for name, (bytes_copied, copied) in moved.items():
-        ready[name] = copies(setting, bytes_copied, copied)
-    ready["large read"] = reads(setting, large)
-    moved["large read"] = (large, 1)
+            reason = f"differs from the oracle by {worst:.1e}"
+            row["skipped"][variant.name] = reason
+    timed = list(ready)
+    ready |= {name: (calls, number) for name, (calls, _, number) in memory.items()}
     seconds = {name: np.empty(rounds) for name in ready}
-    for calls in ready.values():
+    for calls, _ in ready.values():
         calls.run()
     for index in range(rounds):
-        for name, calls in ready.items():
+        for variant_name, (calls, number) in ready.items():
             setting.synchronize()
-            flush()
+            if not problem.hot:
+                flush()
             took = setting.seconds_of(calls.run, calls.by_host)
-            seconds[name][index] = took / moved.get(name, (0, number))[1]
+            seconds[variant_name][index] = took / number
 
-    def quantiles(values: np.ndarray) -> dict[str, float]:
-        low, median, high = np.quantile(values, (0.1, 0.5, 0.9))
-        return {"median": median, "q10": low, "q90": high}
+    def rate(name: str, times: int) -> float:
+        return times * memory[name][1] / float(np.median(seconds[name])) / 1e9
 
-    def bandwidth(name: str) -> dict[str, float]:
-        """Copies are the measure of reads, too; a plain read stands beside it."""
-        rate = 2 * moved[name][0] / float(np.median(seconds[name])) / 1e9
-        return {"read": rate, "copy": rate}
-
-    timed = [name for name in ready if name not in moved]
-    return {
-        "shape": list(problem.x[0].shape),
-        "dtype": problem.dtype,
-        "pass": problem.kind,
-        "bytes": size,
-        "buffers": number,
-        # x once forward; for the gradient, x and dx.
-        "bytes_to_move": size * (1, 2, 3)[PASSES.index(problem.kind)],
-        "seconds": {name: quantiles(seconds[name]) for name in timed},
-        "times_fused": {
+    row["seconds"] = {name: quantiles(seconds[name]) for name in timed}
+    if "fused" in timed:
+        row["times_fused"] = {
             name: quantiles(seconds[name] / seconds["fused"]) for name in timed
-        },
-        "difference_from_oracle": differences,
-        "skipped": skipped,
-        "memory_GB_per_s": bandwidth("large copy"),
-        "large_read_GB_per_s": large / float(np.median(seconds["large read"])) / 1e9,
-        "same_size_GB_per_s": bandwidth("copy"),
-    }
+        }
+    for key, prefix in (("memory_GB_per_s", "large "), ("same_size_GB_per_s", "")):
+        row[key] = {"read": rate(prefix + "read", 1), "copy": rate(prefix + "copy", 2)}
+    return row
 
 
 def describe_gpu(setting: Setting) -> dict[str, object]:
     if not setting.on_gpu:
-        return {"name": "none: kernels emulated on the CPU"}
+        return {"name": "none: kernels emulated on the CPU", "read_by": "torch.sum"}
     properties = torch.cuda.get_device_properties(0)
     return {
         "name": properties.name,
@@ -494,7 +823,27 @@ def describe_gpu(setting: Setting) -> dict[str, object]:
         "memory_bytes": properties.total_memory,
         "l2_bytes": properties.L2_cache_size,
         **setting.kernels.cuda_system(),
+        "read_by": read_kernel()[1],
+        "state": gpu_state(),
     }
+
+
+def gpu_state() -> list[str]:
+    """The exact driver, clocks, power and ECC, as the driver's tool says them."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ["no nvidia-smi in PATH"]
+    try:
+        done = subprocess.run(
+            [tool, "-q", "-d", "CLOCK,POWER,ECC"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=30,
+        )
+    except subprocess.TimeoutExpired:
+        return ["nvidia-smi does not answer"]
+    return (done.stdout + done.stderr).splitlines()
 
 
 def versions() -> dict[str, str]:
@@ -510,11 +859,29 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="NxU")
-    parser.add_argument("--dtypes", nargs="+", choices=TOLERANCES, default=TOLERANCES)
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=TOLERANCES, default=list(TOLERANCES)
+    )
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)
     )
+    parser.add_argument(
+        *("--blocks", "-b"),
+        nargs="+",
+        type=int,
+        default=[],
+        help="time the kernels with so many blocks as well",
+    )
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument(
+        "--no-l2", action="store_true", help="leave out what the L2 cache may hold"
+    )
+    parser.add_argument(
+        "--model",
+        choices=("H100", "H200"),
+        help="predict for this GPU, not for the one that is there",
+    )
     parser.add_argument(
         "--emulate", action="store_true", help="no GPU: test this script, not the time"
     )
@@ -524,6 +891,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
+    if any(blocks < 1 for blocks in arguments.blocks):
+        parser.error("--blocks must be at least 1")
     if "fused" not in arguments.variants:
         arguments.variants.insert(0, "fused")
     return arguments
@@ -541,40 +910,92 @@ def make_setting(emulate: bool) -> Setting:
     return Setting("cuda", kernels)
 
 
-def main() -> None:
+def cases(arguments: argparse.Namespace) -> list[tuple[tuple[int, int], str]]:
+    """Shapes and dtypes, each shape with all of its dtypes before the next one."""
+    shapes = arguments.shapes or [parse_shape(text) for text in SHAPES]
+    chosen = [
+        (shape, dtype)
+        for shape in shapes
+        for dtype in arguments.dtypes
+        if arguments.shapes or shape in map(parse_shape, SHAPES_OF[dtype])
+    ]
+    return list(dict.fromkeys(chosen))
+
+
+def main() -> int:
     arguments = parse_arguments()
     setting = make_setting(arguments.emulate)
     gpu = describe_gpu(setting)
+    model = gpu_model.gpu_named(arguments.model or gpu["name"])
     # Reading several times the L2 leaves nothing of the buffers in it.
     filler = torch.ones(int(gpu.get("l2_bytes", 2**20)), device=setting.device)
     chosen = [VARIANTS[name] for name in arguments.variants]
-    for dtype in arguments.dtypes:
-        results: dict[str, object] = {
+    chosen += map(with_blocks, arguments.blocks)
+    results = {
+        dtype: {
             "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
             "rounds": arguments.rounds,
             "machine": describe(),
             "gpu": gpu,
+            "model": model and dataclasses.asdict(model),
             "build": setting.kernels.build_info(),
             "versions": versions(),
             "rows": [],
         }
-        shapes = arguments.shapes or [
-            parse_shape(text)
-            for text in (SHAPES if dtype == "float32" else HALF_SHAPES)
-        ]
-        folder = arguments.output / dtype
-        for shape in shapes:
-            for kind in PASSES:
-                problem = make_problem(setting, shape, dtype, kind)
-                # The others have no gradient without a forward pass.
-                able = [v for v in chosen if kind != "gradient" or "fused" in v.name]
-                row = measure(problem, able, arguments.rounds, filler.sum)
-                results["rows"].append(row)
-                report.print_progress(row)
-                report.write(results, folder)
-        notes, judged = report.gpu_notes(results), report.gpu_targets(results)
-        report.finish(results, folder, notes, judged)
+        for dtype in arguments.dtypes
+    }
+    failed = []
+
+    def keep(row: dict[str, Any], predicted: float | None) -> None:
+        row["predicted_seconds"] = predicted
+        results[row["dtype"]]["rows"].append(row)
+        report.print_progress(row)
+        if "fused" in row["skipped"]:
+            failed.append(row)
+        tables(row["dtype"], aloud=False)
+
+    def tables(dtype: str, aloud: bool) -> None:
+        found, folder = results[dtype], arguments.output / dtype
+        report.write(found, folder)
+        notes, judged = report.gpu_notes(found), report.gpu_targets(found)
+        report.finish(found, folder, notes, judged, aloud)
+
+    for shape, dtype in cases(arguments):
+        problem, problems = None, []
+        try:
+            problem = make_problem(setting, shape, dtype)
+            problems = [(problem, ceilings(problem))]
+            if problem.bytes <= MOST_BYTES_IN_L2 and not arguments.no_l2:
+                hot = in_l2(problem)
+                problems.append((hot, ceilings(hot)))
+        except Exception as error:  # memory, for one
+            print(f"{shape}, {dtype}: {first_line(error)}", flush=True)
+            failed.append({"shape": shape, "dtype": dtype, "error": first_line(error)})
+            continue
+        for name in arguments.passes:
+            kind = PASSES[name]
+            # The others have no gradient without a forward pass.
+            able = [v for v in chosen if kind.forward or v.name.startswith("fused")]
+            for given, memory in problems:
+                try:
+                    row = measure(
+                        given, name, able, arguments.rounds, filler.sum, memory
+                    )
+                except Exception as error:  # of a kernel, reported by a later call
+                    row = row_of(given, name)
+                    row["skipped"]["fused"] = first_line(error)
+                predicted = kind.predicted_seconds(dtype, shape, model)
+                keep(row, None if given.hot else predicted)
+        del problem, problems, given, memory
+        with contextlib.suppress(Exception):
+            torch.cuda.empty_cache()  # for JAX and TensorFlow
+    for dtype, found in results.items():
+        if found["rows"]:
+            tables(dtype, aloud=True)
+    if failed:
+        print(f"error: {len(failed)} rows without the kernels", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

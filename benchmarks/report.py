@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a benchmark leaves behind: results.json, table.md and plot.png.
 
-Without rich, the table is printed as Markdown; without matplotlib, there is no plot.
+The table is printed as Markdown where nobody looks (the output is no terminal) and
+without rich; without matplotlib, there is no plot.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,10 +37,12 @@ Judged = tuple[str, str, bool]
 def fraction(row: Row, bandwidth: Mapping[str, float], name: str = "fused") -> float:
     """How close a variant comes to reading and copying at `bandwidth` (GB/s).
 
-    Forward reads x; the gradient reads x and writes dx, as a copy does.
+    What is read and has no counterpart that is written, x of a forward pass, is judged
+    by reads, and all the rest by copies.
     """
-    copied = row["bytes_to_move"] - row["bytes"]
-    ideal = (row["bytes"] / bandwidth["read"] + copied / bandwidth["copy"]) / 1e9
+    read = row.get("bytes_only_read", row["bytes"])
+    copied = row["bytes_to_move"] - read
+    ideal = (read / bandwidth["read"] + copied / bandwidth["copy"]) / 1e9
     return ideal / row["seconds"][name]["median"]
 
 
@@ -109,25 +113,47 @@ def label(row: Row) -> str:
 
 def _cells(results: Results) -> tuple[list[str], list[list[str]]]:
     """The table's header and rows: microseconds, and how often slower than fused."""
-    names = dict.fromkeys(name for row in results["rows"] for name in row["seconds"])
+    rows = results["rows"]
+    names = dict.fromkeys(name for row in rows for name in row["seconds"])
     others = [name for name in names if name != "fused"]
-    header = ["shape", "pass", "fused", *others, "GB/s", "of memory", "of same size"]
+    predicted = any(row.get("predicted_seconds") for row in rows)
+    header = ["shape", "pass", "fused"]
+    header += ["predicted", "fused/predicted"] if predicted else []
+    header += [*others, "GB/s", "of memory", "of same size"]
     body = []
-    for row in results["rows"]:
-        cells = [label(row), row["pass"], _microseconds(row["seconds"]["fused"])]
+    for row in rows:
+        fused = row["seconds"].get("fused")
+        cells = [label(row), row["pass"], _microseconds(fused) if fused else "-"]
+        if predicted:
+            cells += _predicted(row)
         for name in others:
             if name in row["seconds"]:
-                ratio = row["times_fused"][name]["median"]
-                time = _microseconds(row["seconds"][name])
-                cells.append(f"{time} ({ratio:.1f}x)")
+                cells.append(_microseconds(row["seconds"][name]))
+                if name in row["times_fused"]:
+                    ratio = row["times_fused"][name]["median"]
+                    cells[-1] += f" ({ratio:.1f}x)"
             else:
                 cells.append("-")
-        cells.append(f"{gigabytes_per_second(row):.1f}")
-        memory = row.get("memory_GB_per_s") or results["memory_GB_per_s"]
-        cells.append(f"{fraction(row, memory):.0%}")
-        cells.append(f"{fraction(row, row['same_size_GB_per_s']):.0%}")
+        if fused:
+            cells.append(f"{gigabytes_per_second(row):.1f}")
+            memory = row.get("memory_GB_per_s") or results["memory_GB_per_s"]
+            cells.append(f"{fraction(row, memory):.0%}")
+            cells.append(f"{fraction(row, row['same_size_GB_per_s']):.0%}")
+        else:
+            cells += ["-"] * 3
         body.append(cells)
     return header, body
+
+
+def _predicted(row: Row) -> list[str]:
+    """What the model says, and how often as long the kernels took."""
+    seconds = row.get("predicted_seconds")
+    if not seconds:
+        return ["-", "-"]
+    text = _microseconds({"median": seconds})
+    if "fused" not in row["seconds"]:
+        return [text, "-"]
+    return [text, f"{row['seconds']['fused']['median'] / seconds:.2f}"]
 
 
 def _microseconds(seconds: Mapping[str, float]) -> str:
@@ -158,24 +184,37 @@ def gpu_notes(results: Results) -> list[str]:
     """What a reader must know of bench_gpu.py's tables."""
     gpu, build = results["gpu"], results["build"]
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
-    copied = [row["memory_GB_per_s"]["copy"] for row in results["rows"]]
-    read = [row["large_read_GB_per_s"] for row in results["rows"]]
-    return [
+    memory = [
+        row["memory_GB_per_s"] for row in results["rows"] if "memory_GB_per_s" in row
+    ]
+    notes = [
         f"{gpu['name']}, driver for CUDA {gpu.get('driver', 'none')}; built with "
         f"{build['cuda']}; {versions}. Command: {' '.join(results['command'])}",
         "Microseconds for one tensor, and how often as long as fused; medians of "
         f"{results['rounds']} rounds. Fused is replayed as a CUDA graph, fused eager "
-        "launched from Python call by call; torch by events on its stream, JAX and "
-        "TensorFlow by the host's clock, their calls included. The L2 cache holds "
-        "nothing of the tensors before each turn; in forward+gradient, the gradient "
-        "may find there what the forward pass has read.",
-        f"Copies of 1 GiB, in turn with the variants: {min(copied):.0f} to "
-        f"{max(copied):.0f} GB/s, reads and writes counted. GB/s of fused: x read once "
-        "for forward; x read and dx written for gradient. Beside it, its share of what "
-        "such copies reach, and copies of the tensor's own size. A forward pass, which "
-        "only reads, is judged by copies as well; PyTorch's sum read 1 GiB at "
-        f"{min(read):.0f} to {max(read):.0f} GB/s.",
+        "launched from Python call by call; torch by events on its stream; JAX, one "
+        "jitted function over all tensors of a turn, and TensorFlow by the host's "
+        "clock, their calls included. The L2 cache holds nothing of the tensors before "
+        "each turn; in forward+gradient, the gradient may find there what the forward "
+        "pass has read. Rows in L2 take one tensor again and again.",
     ]
+    if memory:
+        copied, read = ([rate[kind] for rate in memory] for kind in ("copy", "read"))
+        notes.append(
+            f"Copies of 1 GiB, in turn with the variants: {min(copied):.0f} to "
+            f"{max(copied):.0f} GB/s, reads and writes counted; reads of 1 GiB, by "
+            f"{gpu['read_by']}: {min(read):.0f} to {max(read):.0f}. GB/s of fused: "
+            "what a pass has to read and to write, each array once. Beside it, its "
+            "share of what such copies and reads reach (reads for x of a forward pass, "
+            "copies for the rest), and those of the tensor's own size."
+        )
+    if results.get("model"):
+        notes.append(
+            f"Predicted: by gpu_model.py for {results['model']['name']}, from bytes, "
+            "instructions and launches, before anything was measured; for "
+            "forward+gradient both passes, one after the other, with nothing in L2."
+        )
+    return notes
 
 
 def gpu_targets(results: Results) -> list[Judged]:
@@ -183,12 +222,12 @@ def gpu_targets(results: Results) -> list[Judged]:
     shares = [
         (fraction(row, row["memory_GB_per_s"]), f"{label(row)}, {row['pass']}")
         for row in results["rows"]
-        if row["bytes"] >= 100e6
+        if row["bytes"] >= 100e6 and "fused" in row["seconds"]
     ]
     if not shares:
         return []
     least, where = min(shares)
-    target = "from 100 MB: at least 88 % of the bandwidth of copies of 1 GiB"
+    target = "from 100 MB: at least 88 % of the bandwidth of reads and copies of 1 GiB"
     return [(target, f"at least {least:.0%} ({where})", least >= 0.88)]
 
 
@@ -206,7 +245,13 @@ def print_progress(row: Row) -> None:
     times = ", ".join(
         f"{name} {_microseconds(seconds)}" for name, seconds in row["seconds"].items()
     )
-    print(f"{label(row)} {row['pass']}, microseconds: {times}", flush=True)
+    predicted = row.get("predicted_seconds")
+    if predicted:
+        times += f"; predicted {_microseconds({'median': predicted})}"
+    if "fused" in row["skipped"]:
+        times += f"; fused: {row['skipped']['fused']}"
+    what = f"{label(row)} {row['dtype']} {row['pass']}"
+    print(f"{what}, microseconds: {times}", flush=True)
 
 
 def write(results: Results, folder: pathlib.Path) -> None:
@@ -220,8 +265,12 @@ def finish(
     folder: pathlib.Path,
     notes: Sequence[str],
     judged_targets: Sequence[Judged],
+    aloud: bool = True,
 ) -> None:
-    """Prints and writes what bench_op.py or bench_gpu.py has measured."""
+    """Writes what bench_op.py or bench_gpu.py has measured, and prints it.
+
+    Not `aloud`, it writes table.md alone: for a run that may not come to its end.
+    """
     header, body = _cells(results)
     conclude(
         folder,
@@ -230,7 +279,7 @@ def finish(
         2,
         [*notes, *_skipped(results)],
         judged_targets,
-        lambda path: _plot(results["rows"], path),
+        (lambda path: _plot(results["rows"], path)) if aloud else None,
     )
 
 
@@ -241,7 +290,7 @@ def conclude(
     labels: int,
     notes: Sequence[str],
     judged_targets: Sequence[Judged],
-    plot: Callable[[pathlib.Path], object],
+    plot: Callable[[pathlib.Path], object] | None,
 ) -> None:
     """Prints the table, notes and targets; writes table.md and plot.png if it can.
 
@@ -252,12 +301,20 @@ def conclude(
         labels: how many of the first columns are text.
         notes: what a reader must know.
         judged_targets: each with what was found, and whether that is enough.
-        plot: writes the plot to a file.
+        plot: writes the plot to a file; None to write table.md and nothing else.
     """
     header, *body = rows
     lines = [header, ["---"] * labels + ["---:"] * (len(header) - labels), *body]
     markdown = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    if Table is None:
+    judged = [
+        f"{'met   ' if enough else 'missed'}  {target}: {found}"
+        for target, found, enough in judged_targets
+    ]
+    text = "\n\n".join([markdown, *notes, *judged]) + "\n"
+    _replace(folder / "table.md", lambda path: path.write_text(text))
+    if plot is None:
+        return
+    if Table is None or not sys.stdout.isatty():
         print(f"{title}\n\n{markdown}\n")
     else:
         table = Table(title=title)
@@ -266,13 +323,7 @@ def conclude(
         for cells in body:
             table.add_row(*cells)
         Console(width=max(120, 22 * len(header))).print(table)
-    judged = [
-        f"{'met   ' if enough else 'missed'}  {target}: {found}"
-        for target, found, enough in judged_targets
-    ]
     print("\n".join([*notes, *judged]))
-    text = "\n\n".join([markdown, *notes, *judged]) + "\n"
-    _replace(folder / "table.md", lambda path: path.write_text(text))
     picture = folder / "plot.png"
     if plt is None:
         picture.unlink(missing_ok=True)  # that of an earlier run
@@ -283,12 +334,17 @@ def conclude(
 
 
 def _plot(rows: Sequence[Row], path: pathlib.Path) -> None:
+    rows = [row for row in rows if row["seconds"]]
     names = list(dict.fromkeys(name for row in rows for name in row["seconds"]))
     passes = list(dict.fromkeys(row["pass"] for row in rows))
-    figure, axes = plt.subplots(
-        1, len(passes), figsize=(6 * len(passes), 4), sharey=True, squeeze=False
+    across = min(max(len(passes), 1), 4)
+    down = max(1, -(-len(passes) // across))
+    figure, grid = plt.subplots(
+        down, across, figsize=(6 * across, 4 * down), sharey=True, squeeze=False
     )
-    for axis, kind in zip(axes[0], passes, strict=True):
+    for axis in grid.flat[len(passes) :]:
+        axis.set_visible(False)
+    for axis, kind in zip(grid.flat, passes, strict=False):
         shown = [row for row in rows if row["pass"] == kind]
         for name in names:
             points = [
@@ -296,14 +352,17 @@ def _plot(rows: Sequence[Row], path: pathlib.Path) -> None:
                 for index, row in enumerate(shown)
                 if name in row["seconds"]
             ]
+            if not points:
+                continue
             width = 2.5 if name == "fused" else 1.2
             axis.plot(*zip(*points, strict=True), "o-", label=name, linewidth=width)
         axis.set_xticks(range(len(shown)), map(label, shown), rotation=30, ha="right")
         axis.set_yscale("log")
         axis.set_title(f"{kind}, {shown[0]['dtype']}")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("microseconds a call")
-    axes[0][0].legend()
+    grid[0][0].set_ylabel("microseconds a call")
+    if rows:
+        grid[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)

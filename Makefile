@@ -51,6 +51,7 @@ build: $(PACKAGE) ## build the wheel into dist/ and install it into .venv
 
 bench: $(PACKAGE) ## the whole benchmark, into results/benchmark
 	$(BIN)/python benchmarks/bench_op.py --output results/benchmark
+	$(BIN)/python benchmarks/bench_kernels.py --output results/benchmark/kernels
 
 bench-training: $(PACKAGE) ## training with LBE against training without, into results/training
 	$(BIN)/python benchmarks/bench_training.py $(BENCH_ARGS)

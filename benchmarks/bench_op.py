@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +29,7 @@ import numpy as np
 import report
 import tensorflow as tf
 from machine import Streams, describe
+from rounds import round_robin
 from shapes import parse_shape
 
 import lbe_ops
@@ -45,7 +44,6 @@ QUICK_SHAPES = ("512x128", "1024x4096", "4096x4096")
 PASSES = ("forward", "forward+gradient")
 # Of the largest absolute value of the result; a check of sanity, not of precision.
 TOLERANCES = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
-PAUSE_SECONDS = 0.01
 STREAM_BYTES = 256 * 2**20
 
 Call = Callable[[], object]
@@ -124,13 +122,14 @@ def kernel_variant(threads: int) -> Variant:
         if array.dtype not in (np.float16, np.float32, np.float64):
             raise UnavailableError(f"no view of a {array.dtype} tensor in NumPy")
         x = np.asarray(memoryview(tf.constant(array)))
+        dx = np.zeros_like(x)  # memory that is there already
 
         def run() -> tuple[Any, ...]:
             entropy, *statistics = lbe_ops_numpy.batch_entropy(x, threads=threads)
             if not gradient:
                 return (entropy,)
             return entropy, lbe_ops_numpy.batch_entropy_grad(
-                x, *statistics, threads=threads
+                x, *statistics, dx=dx, threads=threads
             )
 
         def results() -> Results:
@@ -209,32 +208,6 @@ def difference(found: Results, expected: tuple[float, np.ndarray]) -> float:
         error = np.abs(found[1].astype(np.float64) - dx).max() - slack
         worst = max(worst, error / np.abs(dx).max())
     return float(worst)
-
-
-def round_robin(calls: dict[str, Call], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each call in each round; where it is short, the mean of many.
-
-    Idle threads of one library spin for a while, at the next one's cost: hence a
-    pause between the calls, and a first one that does not count where it matters.
-    """
-    repeats = {}
-    for name, call in calls.items():
-        call()
-        start = time.perf_counter()
-        call()
-        once = time.perf_counter() - start
-        repeats[name] = min(200, max(1, math.ceil(5e-3 / once)))
-    seconds = {name: np.empty(rounds) for name in calls}
-    for index in range(rounds):
-        for name, call in calls.items():
-            time.sleep(PAUSE_SECONDS)
-            if repeats[name] > 1:
-                call()
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            seconds[name][index] = (time.perf_counter() - start) / repeats[name]
-    return seconds
 
 
 def measure(

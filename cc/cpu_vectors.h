@@ -96,17 +96,41 @@ struct Convert<double> {
 template <>
 struct Convert<BFloat16> {
   using Vector = FloatVector;
+#if defined(__AVX512F__)
+  LBE_MATH Vector Load(const BFloat16* x) {
+    const __m512i bits = _mm512_cvtepu16_epi32(LoadVector<__m256i>(x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  }
+  LBE_MATH void StoreUpperHalves(const Uint32Vector& bits, BFloat16* x) {
+    StoreVector(_mm512_cvtepi32_epi16(BitCast<__m512i>(bits >> 16)), x);
+  }
+#elif defined(__AVX2__)
+  LBE_MATH Vector Load(const BFloat16* x) {
+    const __m256i bits = _mm256_cvtepu16_epi32(LoadVector<__m128i>(x));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  }
+  LBE_MATH void StoreUpperHalves(const Uint32Vector& bits, BFloat16* x) {
+    // Each half of a register is shuffled by itself.
+    const __m256i order = _mm256_set1_epi64x(0x0f0e0b0a07060302);
+    const __m256i halves = _mm256_shuffle_epi8(BitCast<__m256i>(bits), order);
+    StoreVector(
+        _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0b1000)), x);
+  }
+#else
   LBE_MATH Vector Load(const BFloat16* x) {
     const auto bits = LoadVector<Uint16Vector>(x);
     return BitCast<Vector>(__builtin_convertvector(bits, Uint32Vector) << 16);
   }
+  LBE_MATH void StoreUpperHalves(const Uint32Vector& bits, BFloat16* x) {
+    StoreVector(__builtin_convertvector(bits >> 16, Uint16Vector), x);
+  }
+#endif
   LBE_MATH void Store(const Vector& v, BFloat16* x) {
     const auto bits = BitCast<Uint32Vector>(v);
     // To nearest, ties to even; a NaN keeps its sign and stays a NaN.
-    const Uint32Vector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const Uint32Vector nan = (bits >> 16) | 0x40;
-    const Uint32Vector result = v == v ? rounded : nan;
-    StoreVector(__builtin_convertvector(result, Uint16Vector), x);
+    const Uint32Vector rounded = (bits + 0x7fff) + ((bits >> 16) & 1);
+    const Uint32Vector nan = bits | 0x400000;
+    StoreUpperHalves(v == v ? rounded : nan, x);
   }
 };
 

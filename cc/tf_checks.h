@@ -80,6 +80,13 @@ inline absl::Status ReadAttributes(tensorflow::OpKernelConstruction* context,
   return absl::OkStatus();
 }
 
+// Reads which element of a vector the entropy's gradient is, or -1: it is a
+// scalar.
+inline absl::Status ReadIndex(tensorflow::OpKernelConstruction* context,
+                              int64_t* index) {
+  return context->GetAttr("index", index);
+}
+
 // Reads whether LBE>BatchEntropy returns zeros for a batch that is too small.
 inline absl::Status ReadSmallBatch(tensorflow::OpKernelConstruction* context,
                                    bool* zero) {
@@ -177,12 +184,22 @@ inline absl::Status CheckGradInputs(absl::Span<const Dims> inputs,
   return absl::OkStatus();
 }
 
-// Checks the inputs of LBE>EpilogueGrad: dy, and then y as x above.
-inline absl::Status CheckEpilogueGradInputs(absl::Span<const Dims> inputs) {
+// Checks the inputs of LBE>EpilogueGrad: dy, and then y as x above, but for the
+// gradient of the entropy, which is the element `index` of a vector where that
+// is not -1.
+inline absl::Status CheckEpilogueGradInputs(ManyDims inputs, int64_t index) {
   if (inputs[0] != inputs[1]) {
     return InvalidArgument("dy must have the shape of y, ",
                            ShapeText(inputs[1]),
                            ". Received: ", ShapeText(inputs[0]));
+  }
+  if (index >= 0) {
+    if (inputs[4].size() != 1 || inputs[4][0] <= index) {
+      return InvalidArgument(
+          "entropy_grad must be a vector of more than index = ", index,
+          " elements. Received: ", ShapeText(inputs[4]));
+    }
+    inputs[4].clear();  // a scalar from here on
   }
   return CheckGradInputs(inputs, 1);
 }

@@ -197,7 +197,7 @@ REGISTER_OP("LBE>EpilogueGrad")
     .Input("entropy_grad: result_type")
     .Output("dz: T")
     .Output("dbias: biases * T")
-    .LBE_EPILOGUE_ATTRIBUTES
+    .LBE_EPILOGUE_ATTRIBUTES.Attr("index: int >= -1 = -1")
     .SetShapeFn([](InferenceContext* c) -> absl::Status {
       ShapeHandle y, units, scalar;
       TF_RETURN_IF_ERROR(c->Merge(c->input(0), c->input(1), &y));
@@ -205,7 +205,9 @@ REGISTER_OP("LBE>EpilogueGrad")
       for (int i : {2, 3}) {
         TF_RETURN_IF_ERROR(c->Merge(units, c->input(i), &units));
       }
-      TF_RETURN_IF_ERROR(c->WithRank(c->input(4), 0, &scalar));
+      int64_t index;
+      TF_RETURN_IF_ERROR(c->GetAttr("index", &index));
+      TF_RETURN_IF_ERROR(c->WithRank(c->input(4), index < 0 ? 0 : 1, &scalar));
       c->set_output(0, y);
       for (int i = 1; i < c->num_outputs(); ++i) {
         c->set_output(i, c->RankKnown(y) ? c->Vector(c->Dim(y, -1))
@@ -220,7 +222,9 @@ dy: The gradient with respect to y.
 y: What LBE>Epilogue returned.
 mean: The mean that it returned.
 variance: The variance that it returned.
-entropy_grad: The gradient with respect to the entropy, a scalar.
+entropy_grad: The gradient with respect to the entropy, a scalar; or a vector of
+  those of many layers.
+index: Of this layer in that vector, or -1.
 dz: The gradient with respect to z; in the memory of dy where nobody else needs it.
 dbias: That with respect to the bias, the sum of dz, if there is one.
 )doc");
@@ -520,7 +524,10 @@ class EpilogueOp : public EpilogueKernel<Device> {
 template <typename Device>
 class EpilogueGradOp : public EpilogueKernel<Device> {
  public:
-  using EpilogueKernel<Device>::EpilogueKernel;
+  explicit EpilogueGradOp(OpKernelConstruction* context)
+      : EpilogueKernel<Device>(context) {
+    OP_REQUIRES_OK(context, ReadIndex(context, &index_));
+  }
 
   void Compute(OpKernelContext* context) override {
     const Tensor& dy = context->input(0);
@@ -528,7 +535,8 @@ class EpilogueGradOp : public EpilogueKernel<Device> {
     const Tensor& entropy_grad = context->input(4);
     Sizes sizes;
     OP_REQUIRES_OK(context, SizesOf(y, &sizes));
-    OP_REQUIRES_OK(context, CheckEpilogueGradInputs(InputDims(context)));
+    OP_REQUIRES_OK(context,
+                   CheckEpilogueGradInputs(InputDims(context), index_));
     Tensor *dz, *dbias = nullptr;
     OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
                                 {0}, 0, y.shape(), &dz));
@@ -548,7 +556,9 @@ class EpilogueGradOp : public EpilogueKernel<Device> {
     arguments.x = y.data();
     arguments.mean = context->input(2).data();
     arguments.variance = context->input(3).data();
-    arguments.entropy_grad = entropy_grad.data();
+    arguments.entropy_grad =
+        static_cast<const char*>(entropy_grad.data()) +
+        std::max<int64_t>(index_, 0) * ResultBytes(problem.dtype);
     // The entropy of a batch of one is 0, whatever y is.
     Tensor zero;
     if (!sizes.have_entropy()) {
@@ -572,6 +582,9 @@ class EpilogueGradOp : public EpilogueKernel<Device> {
     }
     OP_REQUIRES_OK(context, device.Gradient(problem, arguments));
   }
+
+ private:
+  int64_t index_;
 };
 
 #define LBE_REGISTER(device, launchers, type)                                \

@@ -62,7 +62,7 @@ bool HasCustomCall(Platform platform) {
 }
 
 std::string CustomCallConfig(const Problem& problem, const Epilogue& epilogue,
-                             int64_t threads) {
+                             int64_t threads, int64_t index) {
   // 17 digits are a double; with a point in each, whatever the locale: MLIR
   // wants it.
   const auto text = [](double value) {
@@ -78,7 +78,8 @@ std::string CustomCallConfig(const Problem& problem, const Epilogue& epilogue,
          " : f64, threads = " + std::to_string(threads) +
          " : i64, activation = " +
          std::to_string(static_cast<int>(epilogue.activation)) +
-         " : i64, slope = " + text(epilogue.slope) + " : f64}";
+         " : i64, slope = " + text(epilogue.slope) +
+         " : f64, index = " + std::to_string(index) + " : i64}";
 }
 
 }  // namespace lbe

@@ -21,7 +21,8 @@ namespace lbe {
 constexpr char kStatisticsCall[] = "lbe_batch_entropy";
 // z, bias or none -> y in place of z, entropy, mean, variance, valid.
 constexpr char kEpilogueCall[] = "lbe_epilogue";
-// dy, y, mean, variance, entropy_grad -> dz in place of dy, dbias or none.
+// dy, y, mean, variance, entropy_grad -> dz in place of dy, dbias or none. The
+// gradient of the entropy may be a vector, of which the call says the index.
 constexpr char kEpilogueGradCall[] = "lbe_epilogue_grad";
 
 enum class Platform { kHost, kCuda };
@@ -42,7 +43,7 @@ int64_t GradientCallWorkspace(Platform platform, const Problem& problem,
 // What a call carries beside its buffers, in the form that XLA hands on: a
 // dictionary in MLIR's syntax. Sizes come from the buffers.
 std::string CustomCallConfig(const Problem& problem, const Epilogue& epilogue,
-                             int64_t threads);
+                             int64_t threads, int64_t index);
 
 }  // namespace lbe
 

@@ -171,7 +171,7 @@ ffi::Error Check(int64_t dtype, int64_t activation, const Formula& formula,
 template <typename Device, Call kCall>
 ffi::Error Handle(typename Device::Context context, int64_t dtype, int64_t ddof,
                   double scale, double offset, int64_t threads,
-                  int64_t activation, double slope,
+                  int64_t activation, double slope, int64_t index,
                   ffi::RemainingArgs arguments, ffi::RemainingRets results) {
   const Buffers b{arguments, results};
   // x, z or dy: all of one shape.
@@ -189,12 +189,17 @@ ffi::Error Handle(typename Device::Context context, int64_t dtype, int64_t ddof,
   epilogue.channels = sizes.back();
   const Device device(context, threads);
   if constexpr (kCall == Call::kEpilogueGrad) {
+    if (index < 0 ||
+        index >= static_cast<int64_t>(b.argument(4).element_count())) {
+      return ffi::Error::InvalidArgument("lbe_ops: index is out of range");
+    }
     GradientArguments gradient;
     gradient.dy = b.input(0);
     gradient.x = b.input(1);
     gradient.mean = b.input(2);
     gradient.variance = b.input(3);
-    gradient.entropy_grad = b.input(4);
+    gradient.entropy_grad = static_cast<const char*>(b.input(4)) +
+                            index * ResultBytes(problem.dtype);
     gradient.epilogue = &epilogue;
     gradient.dx = b.output(0);
     if (results.size() > 2) gradient.dbias = b.output(1);
@@ -229,6 +234,7 @@ auto Bind(Binding binding) {
       .template Attr<int64_t>("threads")
       .template Attr<int64_t>("activation")
       .template Attr<double>("slope")
+      .template Attr<int64_t>("index")
       .RemainingArgs()
       .RemainingRets();
 }

@@ -101,7 +101,7 @@ class Lowering : public XlaOpKernel {
   std::vector<XlaOp> Call(const char* target, absl::Span<const XlaOp> operands,
                           std::vector<Shape> results, int64_t workspace,
                           const Problem& problem, const Epilogue& epilogue,
-                          bool in_place) const {
+                          bool in_place, int64_t index = 0) const {
     xla::XlaBuilder* const builder = operands[0].builder();
     // The kernels' row-major layout, whatever XLA would like best here.
     std::vector<Shape> shapes;
@@ -119,7 +119,7 @@ class Lowering : public XlaOpKernel {
     if (in_place) aliasing = {{{0}, {0, {}}}};
     const XlaOp call = xla::CustomCallWithLayout(
         builder, target, operands, ShapeUtil::MakeTupleShape(results), shapes,
-        CustomCallConfig(problem, epilogue, MaxThreads()),
+        CustomCallConfig(problem, epilogue, MaxThreads(), index),
         /*has_side_effect=*/false, aliasing, /*literal=*/nullptr,
         xla::CustomCallSchedule::SCHEDULE_NONE,
         xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
@@ -324,23 +324,31 @@ class EpilogueLowering : public StatisticsLowering, EpilogueAttributes {
 class EpilogueGradLowering : public Lowering, EpilogueAttributes {
  public:
   explicit EpilogueGradLowering(OpKernelConstruction* context)
-      : Lowering(context), EpilogueAttributes(context) {}
+      : Lowering(context), EpilogueAttributes(context) {
+    OP_REQUIRES_OK(context, ReadIndex(context, &index_));
+  }
 
   void Compile(XlaOpKernelContext* context) override {
     const absl::StatusOr<Shape> shape = context->InputXlaShape(1);
     OP_REQUIRES_OK(context, shape.status());
     const absl::StatusOr<ManyDims> inputs = InputDims(context);
     OP_REQUIRES_OK(context, inputs.status());
-    OP_REQUIRES_OK(context, CheckEpilogueGradInputs(*inputs));
+    OP_REQUIRES_OK(context, CheckEpilogueGradInputs(*inputs, index_));
     if (!IsTap() && Callable(*shape)) {
       CallKernel(context, *shape);
       return;
     }
+    XlaOp entropy_grad = context->Input(4);
+    if (index_ >= 0) {
+      entropy_grad = xla::Reshape(
+          xla::SliceInDim(entropy_grad, index_, index_ + 1, /*stride=*/1,
+                          /*dimno=*/0),
+          {});
+    }
     const hlo::Batch batch(context->Input(1), *shape, dtype_, formula_);
     const XlaOp dy = xla::ConvertElementType(context->Input(0), batch.type);
-    const XlaOp share =
-        hlo::EntropyGradient(batch, formula_, context->Input(2),
-                             context->Input(3), context->Input(4));
+    const XlaOp share = hlo::EntropyGradient(batch, formula_, context->Input(2),
+                                             context->Input(3), entropy_grad);
     const XlaOp dz = xla::Mul(
         hlo::Derivative(epilogue_, batch.x),
         xla::Add(dy, xla::Select(batch.enough, share, xla::ZerosLike(share))));
@@ -366,11 +374,13 @@ class EpilogueGradLowering : public Lowering, EpilogueAttributes {
     const std::vector<XlaOp> outputs = Call(
         kEpilogueGradCall, operands, results,
         GradientCallWorkspace(platform_, problem, channels), problem, epilogue_,
-        /*in_place=*/true);
+        /*in_place=*/true, std::max<int64_t>(index_, 0));
     for (size_t i = 0; i < outputs.size(); ++i) {
       context->SetOutput(static_cast<int>(i), outputs[i]);
     }
   }
+
+  int64_t index_;
 };
 
 // Straight into TensorFlow's registry of kernels, for the devices as which XLA

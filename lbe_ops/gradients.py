@@ -50,10 +50,24 @@ def epilogue(
             the number of biases.
     """
     y, _, mean, variance, _ = outputs
+    entropy_grads, index = _vector_of(entropy_grad)
     dz, dbias = load().ops.lbe_epilogue_grad(
-        dy, y, mean, variance, entropy_grad, **attributes
+        dy, y, mean, variance, entropy_grads, index=index, **attributes
     )
     return [dz, *dbias]
+
+
+def _vector_of(scalar: tf.Tensor) -> tuple[tf.Tensor, int]:
+    """The vector of which tf.unstack took a scalar, and its index; or itself and -1.
+
+    The gradient of tf.stack, of the entropies of all layers, is tf.unstack. XLA would
+    compile a kernel for each element, and no two are the same: of 200 layers, that took
+    40 % of the time and 190 MB of memory. So the op takes the element where it is.
+    """
+    op = getattr(scalar, "op", None)  # what runs eagerly has none
+    if op is None or op.type != "Unpack" or op.inputs[0].shape.rank != 1:
+        return scalar, -1
+    return op.inputs[0], scalar.value_index
 
 
 def _register(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -132,7 +146,8 @@ def _epilogue_grad_grad(op: tf.Operation, *grads: tf.Tensor) -> list[tf.Tensor |
     mean and variance are those of y, so that what flows back through them is part of
     the gradient with respect to y.
     """
-    dy, y, _, _, entropy_grad = op.inputs
+    dy, y, _, _, entropy_grads = op.inputs
+    index = op.get_attr("index")
     formula = {
         "ddof": op.get_attr("ddof"),
         "scale": float(op.get_attr("scale")),
@@ -140,7 +155,8 @@ def _epilogue_grad_grad(op: tf.Operation, *grads: tf.Tensor) -> list[tf.Tensor |
     }
     derivative = reference.DERIVATIVES[op.get_attr("activation").decode()]
     with tf.GradientTape() as outer:
-        outer.watch([dy, y, entropy_grad])
+        outer.watch([dy, y, entropy_grads])
+        entropy_grad = entropy_grads if index < 0 else entropy_grads[index]
         with tf.GradientTape() as inner:
             inner.watch(y)
             entropy, _ = reference.batch_entropy_or_zero(y, **formula)
@@ -151,6 +167,6 @@ def _epilogue_grad_grad(op: tf.Operation, *grads: tf.Tensor) -> list[tf.Tensor |
             channels = tf.reshape(dz, [-1, tf.shape(dz)[-1]])
             outputs.append(tf.reduce_sum(channels, axis=0))
     dy_grad, y_grad, g_grad = outer.gradient(
-        outputs, [dy, y, entropy_grad], output_gradients=list(grads)
+        outputs, [dy, y, entropy_grads], output_gradients=list(grads)
     )
     return [dy_grad, y_grad, None, None, g_grad]

@@ -258,6 +258,50 @@ def test_its_gradient_refuses_what_does_not_fit(jit_compile):
     ):
         with pytest.raises(tf.errors.InvalidArgumentError, match="Received"):
             grad(*inputs)
+    for index, vector in ((2, unit), (0, scalar), (0, tf.ones((1, 2)))):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="vector|rank"):
+            op(y, y, unit, unit, vector, biases=0, index=index)
+    grads = [op(y, y, unit, unit, tf.constant([1.0, 3.0]), biases=0, index=1)]
+    grads.append(op(y, y, unit, unit, tf.constant(3.0), biases=0))
+    np.testing.assert_array_equal(*(grad.dz for grad in grads))
+
+
+def gradients_of_many(stacked, z, weights):
+    """Of the loss of several entropies, each a scalar or all in one vector."""
+    with tf.GradientTape() as outer:
+        outer.watch(z)
+        with tf.GradientTape() as inner:
+            inner.watch(z)
+            entropies = [
+                ops.epilogue(k * z, activation="tanh", native=True).entropy
+                for k in (1.0, 2.0, 3.0)
+            ]
+            if stacked:
+                loss = tf.reduce_sum(weights * tf.stack(entropies) ** 2)
+            else:
+                loss = sum(w * h**2 for w, h in zip(weights, entropies, strict=True))
+        dz = inner.gradient(loss, z)
+        total = tf.reduce_sum(tf.sin(z) * dz)
+    return dz, outer.gradient(total, z)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+def test_entropies_in_a_vector_have_the_same_gradients(mode, rng):
+    """The op takes the gradient of an entropy where it is in the vector of all."""
+    require_native()
+    if mode == "xla":
+        require_xla()
+    z = tf.constant(rng.normal(size=(12, 4)))
+    weights = [0.5, -2.0, 3.0]
+    expected = gradients_of_many(False, z, weights)
+    function = functools.partial(gradients_of_many, True, weights=weights)
+    if mode != "eager":
+        function = tf.function(function, jit_compile=mode == "xla", autograph=False)
+        graph = function.get_concrete_function(z).graph
+        grads = [op for op in graph.get_operations() if op.type == "LBE>EpilogueGrad"]
+        assert {op.get_attr("index") for op in grads} == {0, 1, 2}
+    for found, wanted in zip(function(z), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
 
 
 # Layers: whatever the path, the same numbers.

@@ -7,6 +7,7 @@ on a GPU wherever JAX is, and in another version of XLA.
 
 import ctypes
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -115,6 +116,7 @@ class Calls:
             "dtype": np.int64(number),
             "slope": np.float64(SLOPE),
             "threads": np.int64(THREADS),
+            "index": np.int64(0),
             "ddof": np.int64(FORMULA["ddof"]),
             "scale": np.float64(FORMULA["scale"]),
             "offset": np.float64(FORMULA["offset"]),
@@ -254,6 +256,22 @@ def test_a_value_that_is_needed_later_is_not_overwritten(calls, rng):
     np.testing.assert_array_equal(doubled, 2 * np.asarray(z))
     expected = calls.kernels.epilogue(np.asarray(doubled), activation="tanh")[0]
     assert bits([y]) == bits([expected])
+
+
+def test_the_gradient_of_an_entropy_in_a_vector(calls, rng):
+    y, dy = (calls.array(rng.normal(size=(17, 7)), "float32") for _ in range(2))
+    _, mean, variance, _ = calls.statistics(y)
+    grads = calls.array([5.0, -2.5, 0.0], "float32")
+
+    def gradient(entropy_grad, index):
+        function = functools.partial(
+            calls.epilogue_grad, bias_grad=True, index=np.int64(index)
+        )
+        return calls.jax.jit(function)(dy, y, mean, variance, entropy_grad)
+
+    assert bits(gradient(grads, 1)) == bits(gradient(grads[1], 0))
+    with pytest.raises(calls.jax.errors.JaxRuntimeError, match="out of range"):
+        calls.jax.block_until_ready(gradient(grads, 3))
 
 
 def test_many_layers_in_one_program(calls, rng):

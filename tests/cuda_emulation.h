@@ -62,7 +62,7 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
   static char name##_declaration;                            \
   type* const name = static_cast<type*>(::emulation::Shared( \
       &name##_declaration, sizeof(type) * static_cast<size_t>(size)))
-#define LBE_LAUNCH(kernel, blocks, threads, stream, ...) \
+#define LBE_LAUNCH(kernel, blocks, threads, stream, ...)         \
   ((void)(stream), ::emulation::Launch(#kernel, blocks, threads, \
                                        [=] { kernel(__VA_ARGS__); }))
 
@@ -173,8 +173,8 @@ enum class Order { kRandom, kAscending, kDescending };
 struct Machine {
   std::mt19937 random{1};
   Order order = Order::kRandom;
-  size_t resident = 3;  // blocks at a time
-  bool runs = true;     // or only writes down what it is given
+  size_t resident = 3;                // blocks at a time
+  bool runs = true;                   // or only writes down what it is given
   std::vector<Operation> operations;  // so far
   Fiber* current = nullptr;
   ucontext_t scheduler;

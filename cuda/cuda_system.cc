@@ -91,8 +91,8 @@ CudaSystem DescribeCuda(int device) {
   system.error = cudaGetDeviceProperties(&properties, device);
   cudaGetLastError();  // reported; must not meet the next launch
   if (system.error != cudaSuccess) return system;
-  const size_t length = sizeof(system.device) - 1;
-  strncpy(system.device, properties.name, length);
+  static_assert(sizeof(system.device) == sizeof(properties.name), "see memcpy");
+  memcpy(system.device, properties.name, sizeof(system.device));
   system.compute_capability = properties.major * 10 + properties.minor;
   if (system.driver < kOldestDriver) {
     system.error = cudaErrorInsufficientDriver;

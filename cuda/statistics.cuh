@@ -158,7 +158,7 @@ __device__ inline bool IsLast(unsigned* ticket, int64_t count) {
   if (Thread() == 0) {
     __threadfence();
     is_last[0] = atomicAdd(ticket, 1u) + 1 == count;
-    __threadfence();
+    if (is_last[0]) __threadfence();
   }
   __syncthreads();
   return is_last[0];

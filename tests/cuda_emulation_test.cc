@@ -795,6 +795,14 @@ int Main() {
     Test<BFloat16, float>(DType::kBFloat16, c);
     Test<double, double>(DType::kFloat64, c);
   }
+  // Two channels of so many positions that each has a block of SumBias.
+  const Case positions = {9, 2200, 1, 0};
+  TestEpilogue<float, float>(DType::kFloat32, positions, Activation::kRelu, 2);
+  if (!quick) {
+    TestEpilogue<Half, float>(DType::kFloat16, positions, Activation::kElu, 2);
+    TestEpilogue<double, double>(DType::kFloat64, positions, Activation::kTanh,
+                                 2);
+  }
   // Every activation on small shapes, each other shape with some of them.
   const std::vector<Case> small = {{19, 6, 1, 0}, {9, 33, 1, 1, true}};
   if (!quick || failures == 0) {

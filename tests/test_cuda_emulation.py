@@ -237,6 +237,11 @@ FAULTS = {
         "parts[(j + 1) % kChannels] +=",
         ("none", "FAILED"),
     ),
+    "a part of dbias too few": (
+        "i < count; i += kSumParts) {",
+        "i + 1 < count; i += kSumParts) {",
+        ("none", "FAILED"),
+    ),
     "a sum of dbias too many": (
         "if (j == 0 || i + j * kStep < count) {",
         "if (j == 0 || i + j * kStep <= count) {",

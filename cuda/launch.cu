@@ -179,21 +179,19 @@ int Forward(cudaStream_t stream, const Problem& problem,
   if (!Launchable(cut)) return cudaErrorInvalidConfiguration;
   const Workspace parts(cut, sizeof(Scalar));
   char* base = static_cast<char*>(arguments.workspace);
-  const Results<Scalar> results = {
-      problem.formula,
-      EntropyFactorsOf<Scalar>(problem.formula),
-      static_cast<Scalar*>(arguments.mean),
-      static_cast<Scalar*>(arguments.variance),
-      static_cast<Scalar*>(arguments.entropy),
-      static_cast<Scalar*>(arguments.valid),
-      reinterpret_cast<double*>(base),
-  };
-  const Partials<Scalar> partials = {
-      reinterpret_cast<Moments<Scalar>*>(base + parts.nodes),
-      reinterpret_cast<unsigned*>(base + parts.tickets),
+  const DeviceForward<Scalar> forward = {
+      cut,
+      {reinterpret_cast<Moments<Scalar>*>(base + parts.nodes),
+       reinterpret_cast<unsigned*>(base + parts.tickets)},
+      {problem.formula, EntropyFactorsOf<Scalar>(problem.formula),
+       static_cast<Scalar*>(arguments.mean),
+       static_cast<Scalar*>(arguments.variance),
+       static_cast<Scalar*>(arguments.entropy),
+       static_cast<Scalar*>(arguments.valid), reinterpret_cast<double*>(base)},
   };
   if (parts.ticket_bytes > 0) {
-    const int error = SetZeroCuda(stream, partials.tickets, parts.ticket_bytes);
+    const int error =
+        SetZeroCuda(stream, forward.partials.tickets, parts.ticket_bytes);
     if (error != cudaSuccess) return error;
   }
   DeviceEpilogue<Element> epilogue = {};
@@ -214,10 +212,10 @@ int Forward(cudaStream_t stream, const Problem& problem,
     return Launched([&] {
       if (epilogue.y != nullptr) {
         LBE_LAUNCH((Statistics<Element, kVector, true>), grid, kThreads, stream,
-                   x, epilogue, cut, partials, results);
+                   x, epilogue, forward);
       } else {
         LBE_LAUNCH((Statistics<Element, kVector, false>), grid, kThreads,
-                   stream, x, epilogue, cut, partials, results);
+                   stream, x, epilogue, forward);
       }
     });
   });

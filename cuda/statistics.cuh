@@ -26,9 +26,8 @@ static_assert(kSumLanes == kThreads, "SumGroups has a thread for each lane");
 constexpr int kRunLevels = 2;
 constexpr int kRunRows = kLeafRows << kRunLevels;
 
-// Nodes of a column that a thread merges in MergeSplits: two halves, the nodes
-// of each of which are in flight together.
-constexpr int kMergeNodes = 16;
+// Nodes of a column that a thread merges at once in MergeSplits.
+constexpr int kMergeNodes = 8;
 
 template <int kCount, typename Scalar>
 __device__ void MergeColumns(const Moments<Scalar>* left, int64_t left_rows,
@@ -38,6 +37,28 @@ __device__ void MergeColumns(const Moments<Scalar>* left, int64_t left_rows,
 #pragma unroll
   for (int c = 0; c < kCount; ++c) {
     result[c] = Merge(left[c], right[c], weights);
+  }
+}
+
+// The tree over a thread's leaves, as a binary counter: level l of the stack
+// holds the node over 2^l leaves where bit l of their count, k before this one,
+// is set. The node of leaf k merges with those that it completes, the last one
+// with all that are left. Unrolled, so that the stack stays in registers.
+template <int kLevel, int kCount, typename Scalar>
+__device__ __forceinline__ void Push(int k, bool last, int rows,
+                                     Moments<Scalar> (*stack)[kCount],
+                                     Moments<Scalar>* node) {
+  if constexpr (kLevel < kRunLevels) {
+    if (k >> kLevel & 1) {
+      MergeColumns<kCount>(stack[kLevel], kLeafRows << kLevel, node, rows,
+                           node);
+      rows += kLeafRows << kLevel;
+    } else if (!last) {
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) stack[kLevel][c] = node[c];
+      return;
+    }
+    Push<kLevel + 1>(k, last, rows, stack, node);
   }
 }
 
@@ -143,9 +164,9 @@ struct Partials {
 
 // A block merges 2^ClusterBits nodes of a tile at once: each of its groups of
 // threads kMergeNodes.
-static_assert(kThreads == 256 && kMergeNodes == 16, "2^8 and 2^4");
+static_assert(kThreads == 256 && kMergeNodes == 8, "2^8 and 2^3");
 __host__ __device__ inline int ClusterBits(const Cut& cut) {
-  return 8 + 4 - cut.tile_bits;
+  return 8 + 3 - cut.tile_bits;
 }
 
 // Whether this block is the last of `count` to come here with this ticket. What
@@ -188,7 +209,6 @@ template <typename Scalar>
 __device__ bool MergeSplits(const Cut& cut, const Place& place,
                             const Partials<Scalar>& partials,
                             Moments<Scalar>* moments) {
-  constexpr int kHalf = kMergeNodes / 2;
   LBE_SHARED(Moments<Scalar>, shared, kThreads);
   const int cluster_bits = ClusterBits(cut);
   const int group = Thread() >> cut.tile_bits;
@@ -214,28 +234,18 @@ __device__ bool MergeSplits(const Cut& cut, const Place& place,
     // Each group of threads has kMergeNodes of the cluster's nodes, one thread
     // for each column.
     const int own_present = present - group * kMergeNodes;
-#pragma unroll 1
-    for (int half = 0; half < kMergeNodes; half += kHalf) {
-      const int count = inside ? min(own_present - half, kHalf) : 0;
-      if (count <= 0) break;
-      Moments<Scalar> of_half[kHalf] = {};
+    if (inside && own_present > 0) {
+      Moments<Scalar> own_nodes[kMergeNodes] = {};
       const Moments<Scalar>* from =
-          partials.nodes + (first + group * kMergeNodes + half) * pitch +
-          column;
+          partials.nodes + (first + group * kMergeNodes) * pitch + column;
 #pragma unroll
-      for (int i = 0; i < kHalf; ++i) {
-        if (i < count) of_half[i] = ReadNode(from);
-        from += pitch;
+      for (int i = 0; i < kMergeNodes; ++i, from += pitch) {
+        if (i < own_present) own_nodes[i] = ReadNode(from);
       }
-      const int64_t of_last =
-          own_present - half <= kHalf ? last_rows : node_rows;
-      MergeNeighbours<kHalf>(of_half, count, node_rows, of_last);
-      if (half == 0) {
-        *moments = of_half[0];
-      } else {
-        MergeColumns<1>(moments, kHalf * node_rows, of_half,
-                        (count - 1) * node_rows + of_last, moments);
-      }
+      MergeNeighbours<kMergeNodes>(
+          own_nodes, min(own_present, kMergeNodes), node_rows,
+          own_present <= kMergeNodes ? last_rows : node_rows);
+      *moments = own_nodes[0];
     }
     // The groups, pairwise, through shared memory.
 #pragma unroll 1
@@ -300,25 +310,32 @@ __device__ void Finish(const Cut& cut, int tile, const Moments<Scalar>& moments,
   }
 }
 
+// A forward pass as the kernel takes it.
+template <typename Scalar>
+struct DeviceForward {
+  Cut cut;
+  Partials<Scalar> partials;
+  Results<Scalar> results;
+};
+
 // What a block does with its moments, thread t with those of column t of the
 // tile. A function of its own, and not part of each kernel: its code is the
 // same for all that have these results, and its registers are needed after
 // those of the loop over the rows. Has barriers: all threads must call it.
 template <typename Scalar>
-__device__ __noinline__ void FinishBlock(const Cut& cut,
-                                         const Partials<Scalar>& partials,
-                                         const Results<Scalar>& results,
+__device__ __noinline__ void FinishBlock(const DeviceForward<Scalar>& forward,
                                          Moments<Scalar> moments) {
+  const Cut& cut = forward.cut;
   const Place place(cut);
   // All threads of a block return, or none.
-  if (!MergeSplits(cut, place, partials, &moments)) return;
-  Finish(cut, place.tile, moments, results);
+  if (!MergeSplits(cut, place, forward.partials, &moments)) return;
+  Finish(cut, place.tile, moments, forward.results);
   if (cut.tiles == 1) {
     __syncthreads();
-  } else if (!IsLast(&partials.tickets[0], cut.tiles)) {
+  } else if (!IsLast(&forward.partials.tickets[0], cut.tiles)) {
     return;
   }
-  SumGroups(cut.units, results);
+  SumGroups(cut.units, forward.results);
 }
 
 // An Epilogue as the kernel takes it: what makes y = activation(z + bias) of
@@ -436,28 +453,6 @@ __device__ __forceinline__ void MomentsOfLeaf(
   }
 }
 
-// The tree over a thread's leaves, as a binary counter: level l of the stack
-// holds the node over 2^l leaves where bit l of their count, k before this one,
-// is set. The node of leaf k merges with those that it completes, the last one
-// with all that are left. Unrolled, so that the stack stays in registers.
-template <int kLevel, int kCount, typename Scalar>
-__device__ __forceinline__ void Push(int k, bool last, int rows,
-                                     Moments<Scalar> (*stack)[kCount],
-                                     Moments<Scalar>* node) {
-  if constexpr (kLevel < kRunLevels) {
-    if (k >> kLevel & 1) {
-      MergeColumns<kCount>(stack[kLevel], kLeafRows << kLevel, node, rows,
-                           node);
-      rows += kLeafRows << kLevel;
-    } else if (!last) {
-#pragma unroll
-      for (int c = 0; c < kCount; ++c) stack[kLevel][c] = node[c];
-      return;
-    }
-    Push<kLevel + 1>(k, last, rows, stack, node);
-  }
-}
-
 // Blocks on a multiprocessor at once, for which the compiler leaves registers.
 template <typename Element, int kVector, bool kEpilogue>
 constexpr int kStatisticsBlocks = sizeof(Element) == 2 && kVector == 1  ? 1
@@ -468,10 +463,10 @@ constexpr int kStatisticsBlocks = sizeof(Element) == 2 && kVector == 1  ? 1
 template <typename Element, int kVector, bool kEpilogue>
 __global__ void __launch_bounds__(
     kThreads, kStatisticsBlocks<Element, kVector, kEpilogue>)
-    Statistics(const Element* x, DeviceEpilogue<Element> epilogue,
-               const __grid_constant__ Cut cut,
-               const __grid_constant__ Partials<ScalarOf<Element>> partials,
-               const __grid_constant__ Results<ScalarOf<Element>> results) {
+    Statistics(
+        const Element* x, DeviceEpilogue<Element> epilogue,
+        const __grid_constant__ DeviceForward<ScalarOf<Element>> forward) {
+  const Cut& cut = forward.cut;
   using Scalar = ScalarOf<Element>;
   constexpr int kCount = kColumns<Element>;
   const Place place(cut);
@@ -529,7 +524,7 @@ __global__ void __launch_bounds__(
     });
   }
 
-  FinishBlock(cut, partials, results,
+  FinishBlock(forward,
               MergeGroups<kCount>(cut, place, pieces, block_rows, node));
 }
 

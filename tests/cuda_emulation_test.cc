@@ -658,19 +658,19 @@ void TestLaunches(bool quick) {
       {kF32, 512, 128, 1, kForward, forward(8, 1 + 1)},
       {kF16, 512, 128, 1, kForward, forward(4, 1 + 1)},
       {kF32, 128, 128, 1, kForward, forward(1, 0)},
-      // 32 tiles of 32 splits; 16 tiles of 32 splits, merged by 16.
-      {kF32, 4096, 4096, 1, kForward, forward(1024, 1 + 32)},
-      {kF16, 4096, 4096, 1, kForward, forward(512, 1 + 16 * (2 + 1))},
+      // 32 tiles of 32 splits, merged by 16; 16 tiles of 32 splits, by 8.
+      {kF32, 4096, 4096, 1, kForward, forward(1024, 1 + 32 * (2 + 1))},
+      {kF16, 4096, 4096, 1, kForward, forward(512, 1 + 16 * (4 + 1))},
       {kF64, 4096, 4096, 1, kForward, forward(1024, 1 + 64)},
       {kF32, 4096, 4096, 1, kEpilogueForward, forward(512, 1 + 32)},
       // Tiles that fill the GPU are not split.
       {kF32, 128, 200704, 1, kForward, forward(1568, 1)},
       {kF16, 128, 200704, 1, kForward, forward(784, 1)},
       {kF16, 128, 100352, 1, kForward, forward(392, 1)},
-      // One tile of many splits, merged by 64 in as many blocks as that takes.
-      {kF32, 65536, 64, 1, kForward, forward(512, 1 + 8 + 1)},
-      {kF16, 65536, 64, 1, kForward, forward(256, 1 + 4 + 1)},
-      {kF64, 65536, 64, 1, kForward, forward(512, 1 + 8 + 1)},
+      // One tile of many splits, merged by 32 in as many blocks as that takes.
+      {kF32, 65536, 64, 1, kForward, forward(512, 1 + 16 + 1)},
+      {kF16, 65536, 64, 1, kForward, forward(256, 1 + 8 + 1)},
+      {kF64, 65536, 64, 1, kForward, forward(512, 1 + 16 + 1)},
       {kF32, 4096, 4096, 1, kGradient, gradient(1024)},
       {kF16, 4096, 4096, 1, kGradient, gradient(1024)},
       {kF32, 128, 200704, 1, kGradient, gradient(1568)},
@@ -757,16 +757,9 @@ int Main() {
 #endif
   // All ways through the kernels, in few blocks: one or many, one split or
   // many, vectors of each width, threads and groups with nothing to do.
-  std::vector<Case> all = {{3, 17, 1, 1},
-                           {9, 66, 9, 0},
-                           {70, 130, 9, 1},
-                           {150, 130, 1, 0},
-                           {40, 3, 1, 0},
-                           {9, 264, 1, 0},
-                           {70, 130, 9, 0, true},
-                           {150, 128, 9, 0},
-                           // Splits that are merged in two levels.
-                           {2120, 66, 1 << 20, 0}};
+  std::vector<Case> all = {
+      {3, 17, 1, 1}, {9, 66, 9, 0},  {70, 130, 9, 1},       {150, 130, 1, 0},
+      {40, 3, 1, 0}, {9, 264, 1, 0}, {70, 130, 9, 0, true}, {150, 128, 9, 0}};
   if (!quick) {
     for (const Case& c : std::vector<Case>{{2, 1, 1, 0},
                                            {8, 16, 1, 0},
@@ -795,6 +788,8 @@ int Main() {
     Test<BFloat16, float>(DType::kBFloat16, c);
     Test<double, double>(DType::kFloat64, c);
   }
+  // Splits that are merged in two levels.
+  Test<float, float>(DType::kFloat32, {1090, 66, 1 << 20, 0});
   // Two channels of so many positions that each has a block of SumBias.
   const Case positions = {9, 2200, 1, 0};
   TestEpilogue<float, float>(DType::kFloat32, positions, Activation::kRelu, 2);

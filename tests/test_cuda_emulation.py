@@ -118,8 +118,8 @@ FAULTS = {
         ("none", "FAILED"),
     ),
     "a return before a barrier": (
-        "  FinishBlock(cut, partials, results,",
-        "  if (own_rows == 0) return;\n  FinishBlock(cut, partials, results,",
+        "  FinishBlock(forward,",
+        "  if (own_rows == 0) return;\n  FinishBlock(forward,",
         ("none", "threads wait at a barrier or a shuffle"),
     ),
     "a race between the blocks of a tile": (
@@ -128,24 +128,24 @@ FAULTS = {
         ("thread", "data race"),
     ),
     "a race between tiles": (
-        "!IsLast(&partials.tickets[0], cut.tiles)",
+        "!IsLast(&forward.partials.tickets[0], cut.tiles)",
         "blockIdx.x + 1 != cut.tiles * cut.splits",
         ("thread", "data race"),
     ),
     "a race of the order of blocks alone": (
-        "!IsLast(&partials.tickets[0], cut.tiles)",
+        "!IsLast(&forward.partials.tickets[0], cut.tiles)",
         "blockIdx.x + 1 != cut.tiles * cut.splits",
         ("none", "FAILED"),
     ),
     "tickets that are not zeros": (
         "    if (error != cudaSuccess) return error;\n  }\n  DeviceEpilogue",
         "    if (error != cudaSuccess) return error;\n"
-        "    partials.tickets[0] = 1;\n  }\n  DeviceEpilogue",
+        "    forward.partials.tickets[0] = 1;\n  }\n  DeviceEpilogue",
         ("none", "FAILED"),
     ),
     "too few tickets set to zero": (
-        "SetZeroCuda(stream, partials.tickets, parts.ticket_bytes)",
-        "SetZeroCuda(stream, partials.tickets, parts.ticket_bytes - 4)",
+        "SetZeroCuda(stream, forward.partials.tickets, parts.ticket_bytes)",
+        "SetZeroCuda(stream, forward.partials.tickets, parts.ticket_bytes - 4)",
         ("none", "FAILED"),
     ),
     "one ticket for all tiles": (

@@ -246,15 +246,20 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t channel = int64_t{blockIdx.x} * kChannels + lane;
   double parts[kChannels] = {};
   if (channel < channels) {
-    // Loads are in flight together, the additions to a part are in order.
-#pragma unroll(kChannels == 1 ? 32 : 1)
+    // Reads are in flight together, the additions to a part are in order. A sum
+    // that is missing is 0, which changes no part.
+#pragma unroll(kChannels == 1 ? 16 : 1)
     for (int64_t i = Thread() / kChannels; i < count; i += kSumParts) {
+      ScalarOf<Element> read[kChannels];
 #pragma unroll
       for (int j = 0; j < kChannels; ++j) {
-        if (j == 0 || i + j * kStep < count) {
-          parts[j] +=
-              static_cast<double>(sums[(i + j * kStep) * channels + channel]);
-        }
+        read[j] = i + j * kStep < count
+                      ? sums[(i + j * kStep) * channels + channel]
+                      : 0;
+      }
+#pragma unroll
+      for (int j = 0; j < kChannels; ++j) {
+        parts[j] += static_cast<double>(read[j]);
       }
     }
   }

@@ -243,8 +243,8 @@ FAULTS = {
         ("none", "FAILED"),
     ),
     "a sum of dbias too many": (
-        "if (j == 0 || i + j * kStep < count) {",
-        "if (j == 0 || i + j * kStep <= count) {",
+        "read[j] = i + j * kStep < count",
+        "read[j] = i + j * kStep <= count",
         ("address", "heap-buffer-overflow"),
     ),
 }

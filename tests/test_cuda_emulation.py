@@ -137,10 +137,9 @@ FAULTS = {
         "blockIdx.x + 1 != cut.tiles * cut.splits",
         ("none", "FAILED"),
     ),
-    "tickets that are not zeros": (
-        "    if (error != cudaSuccess) return error;\n  }\n  DeviceEpilogue",
-        "    if (error != cudaSuccess) return error;\n"
-        "    forward.partials.tickets[0] = 1;\n  }\n  DeviceEpilogue",
+    "tickets that are not set to zero": (
+        "SetZeroCuda(stream, forward.partials.tickets, parts.ticket_bytes)",
+        "SetZeroCuda(stream, forward.partials.tickets, 0)",
         ("none", "FAILED"),
     ),
     "too few tickets set to zero": (

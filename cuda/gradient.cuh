@@ -172,11 +172,12 @@ __global__ void __launch_bounds__(kThreads,
     Scalar sums[kCount] = {};
 #pragma unroll 1
     for (int b = 0; b < kBatches; ++b) {
-      // The code of the activations that take a few instructions is unrolled,
-      // that of the others stands once.
+      // Unrolled as in Maker.
       const auto write = [&](auto activation) {
         constexpr Activation kActivation = decltype(activation)::value;
-        constexpr int kUnroll = !kEpilogue || IsCheap(kActivation) ? kBatch : 1;
+        constexpr bool kUnrolled =
+            !kEpilogue || (kPieces == 1 && IsCheap(kActivation));
+        constexpr int kUnroll = kUnrolled ? kBatch : 1;
         ForEachRow<kUnroll>(batch, [&](int r, Row* words) {
           if (row + r * step >= rows) return;
           Element* to = a.dx + offset + r * step * cut.units;

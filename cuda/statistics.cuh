@@ -378,7 +378,8 @@ class Maker {
 
   // Makes y of leaf rows [0, rows) of z in `values` and writes it to where the
   // first of them has it, `offset` elements into y. The code of the activations
-  // that take a few instructions is unrolled, that of the others stands once.
+  // that take a few instructions is unrolled for whole vectors; any other
+  // stands once, which keeps compilation short.
   __device__ __forceinline__ void operator()(
       int piece, int64_t offset, int rows, int64_t pitch,
       Words<Element, kVector> (&values)[kLeafRows]) const {
@@ -387,22 +388,24 @@ class Maker {
         BitCast<Vector<Element, kVector>>(bias_[piece * kThreads]);
     WithActivation(epilogue_.activation, [&](auto activation) {
       constexpr Activation kActivation = decltype(activation)::value;
-      ForEachRow<IsCheap(kActivation) ? kLeafRows : 1>(
-          values, [&](int r, PieceWords* row) {
-            if (r >= rows) return;
-            const auto z = BitCast<Vector<Element, kVector>>(*row);
-            Scalar y[kVector];
+      constexpr bool kUnrolled =
+          kVector == kColumns<Element> && IsCheap(kActivation);
+      constexpr int kUnroll = kUnrolled ? kLeafRows : 1;
+      ForEachRow<kUnroll>(values, [&](int r, PieceWords* row) {
+        if (r >= rows) return;
+        const auto z = BitCast<Vector<Element, kVector>>(*row);
+        Scalar y[kVector];
 #pragma unroll
-            for (int i = 0; i < kVector; ++i) {
-              y[i] = Activate<kActivation>(
-                  Convert<Element>::Load(z.elements[i]) +
-                      Convert<Element>::Load(bias.elements[i]),
-                  epilogue_.slope);
-            }
-            *row = RoundToWords<Element>(y);
-            WriteWords<Element, kVector>(*row, to);
-            to += pitch;
-          });
+        for (int i = 0; i < kVector; ++i) {
+          y[i] = Activate<kActivation>(
+              Convert<Element>::Load(z.elements[i]) +
+                  Convert<Element>::Load(bias.elements[i]),
+              epilogue_.slope);
+        }
+        *row = RoundToWords<Element>(y);
+        WriteWords<Element, kVector>(*row, to);
+        to += pitch;
+      });
     });
   }
 

@@ -790,6 +790,9 @@ int Main() {
   }
   // Splits that are merged in two levels.
   Test<float, float>(DType::kFloat32, {1090, 66, 1 << 20, 0});
+  // Six channels side by side, with several sums each.
+  TestEpilogue<float, float>(DType::kFloat32, {70, 66, 9, 0}, Activation::kRelu,
+                             6);
   // Two channels of so many positions that each has a block of SumBias.
   const Case positions = {9, 2200, 1, 0};
   TestEpilogue<float, float>(DType::kFloat32, positions, Activation::kRelu, 2);

@@ -16,7 +16,9 @@ option(LBE_CUDA_REPORT "Print what resources every CUDA kernel uses" OFF)
 # What `lbe_ops info` says: the targets, or "no".
 set(LBE_CUDA_TARGETS "no")
 
-set(cuda_source "${CMAKE_CURRENT_LIST_DIR}/batch_entropy.cu")
+# The first has all kernels and is compiled for every architecture.
+set(cuda_sources "${CMAKE_CURRENT_LIST_DIR}/launch.cu"
+    "${CMAKE_CURRENT_LIST_DIR}/cuda_system.cc")
 set(cuda_oldest_toolkit 12.3)
 # Of these, the ones that the toolkit knows; the newest as PTX, too, for GPUs to come.
 set(cuda_machines 75 80 86 89 90 100 120)
@@ -73,12 +75,12 @@ fails: ${line}" PARENT_SCOPE)
 endfunction()
 
 if(LBE_CUDA STREQUAL "EMULATED")
-  add_library(cuda_kernels OBJECT "${cuda_source}")
-  set_source_files_properties("${cuda_source}" PROPERTIES LANGUAGE CXX)
+  add_library(cuda_kernels OBJECT ${cuda_sources})
   set(cuda_emulation "${CMAKE_SOURCE_DIR}/tests/cuda_emulation.h")
-  set_source_files_properties("${cuda_source}" PROPERTIES
+  set_source_files_properties(${cuda_sources} PROPERTIES LANGUAGE CXX
     OBJECT_DEPENDS "${cuda_emulation}")
-  target_compile_options(cuda_kernels PRIVATE -ffp-contract=off -fno-strict-aliasing)
+  target_compile_options(cuda_kernels PRIVATE -ffp-contract=off -fno-strict-aliasing
+    -Wno-unknown-pragmas)
   add_library(cuda_runtime INTERFACE)
   target_compile_definitions(cuda_runtime INTERFACE LBE_CUDA_EMULATION)
   target_compile_options(cuda_runtime INTERFACE "SHELL:-include \"${cuda_emulation}\"")
@@ -122,26 +124,37 @@ elseif(LBE_CUDA)
   set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")
   # Without contraction and with subnormal numbers as zero, as on the CPU: the same
   # bits. All architectures at once, as far as there are cores.
-  add_library(cuda_kernels OBJECT "${cuda_source}")
+  add_library(cuda_kernels OBJECT ${cuda_sources})
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13)
     # A sixth of the size. Older toolkits serve drivers that cannot unpack this.
     set(pack --compress-mode=size)
   endif()
-  target_compile_options(cuda_kernels PRIVATE -ftz=true -fmad=false
-    -Xcompiler=-ffp-contract=off --threads=0 ${pack}
-    $<$<BOOL:${LBE_CUDA_REPORT}>:-Xptxas=-v>)
+  # The constants of the headers are made by constexpr functions.
+  set(cuda_flags -ftz=true -fmad=false --expt-relaxed-constexpr
+      -Xcompiler=-ffp-contract=off --threads=0 ${pack}
+      $<$<BOOL:${LBE_CUDA_REPORT}>:-Xptxas=-v>)
+  target_compile_options(cuda_kernels PRIVATE
+    "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_flags}>")
   add_library(cuda_runtime INTERFACE)
   # The driver is looked for at run time, so that the libraries load without one. The
   # runtime's symbols stay inside: a process may hold another version of it.
   target_link_libraries(cuda_runtime INTERFACE CUDA::cudart_static)
+  target_link_libraries(cuda_kernels PRIVATE CUDA::cudart_static)  # for its headers
   target_link_options(cuda_runtime INTERFACE
     "LINKER:--exclude-libs,libcudart_static.a:libculibos.a")
 
   set(targets ${CMAKE_CUDA_ARCHITECTURES})
+  if(targets MATCHES "^(all|all-major|native)$")
+    string(TOUPPER "${targets}" which)
+    string(REPLACE "-" "_" which "${which}")
+    set(targets ${CMAKE_CUDA_ARCHITECTURES_${which}})
+  endif()
   list(TRANSFORM targets REPLACE "^([0-9]+[af]?)$" "\\1-real;\\1-virtual")
   list(TRANSFORM targets REPLACE "^(.*)-real$" "sm_\\1")
   list(TRANSFORM targets REPLACE "^(.*)-virtual$" "compute_\\1")
   list(JOIN targets " " targets)
+  # What DescribeCuda compares a GPU with.
+  target_compile_definitions(cuda_kernels PRIVATE "LBE_CUDA_ARCHITECTURES=\"${targets}\"")
   set(LBE_CUDA_TARGETS "CUDA ${CMAKE_CUDA_COMPILER_VERSION}: ${targets}")
   message(STATUS "With ${LBE_CUDA_TARGETS}")
 else()

@@ -2,9 +2,9 @@
 //
 // Runs CUDA kernels on the CPU, for tests on machines without a GPU.
 //
-// Compile cuda/batch_entropy.cu as C++ with this file before it (g++ -x c++
-// -include tests/cuda_emulation.h). Each CUDA thread is a fiber; a few blocks
-// are under way at a time; who goes on at a barrier is drawn at random. Device
+// Compile cuda/launch.cu as C++ with this file before it (g++ -x c++ -include
+// tests/cuda_emulation.h). Each CUDA thread is a fiber; a few blocks are under
+// way at a time; who goes on at a barrier is drawn at random. Device
 // memory is host memory, streams do nothing. Shared memory is as large as it is
 // declared and full of NaNs at first. A thread that does not come to a barrier
 // or a shuffle for which others wait is an error.
@@ -30,6 +30,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -52,6 +53,8 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define threadIdx (::emulation::Current().thread_index)
 #define blockIdx (::emulation::Current().block_index)
@@ -59,9 +62,9 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
   static char name##_declaration;                            \
   type* const name = static_cast<type*>(::emulation::Shared( \
       &name##_declaration, sizeof(type) * static_cast<size_t>(size)))
-#define LBE_LAUNCH(kernel, blocks, threads, stream, ...) \
-  ((void)(stream),                                       \
-   ::emulation::Launch(blocks, threads, [=] { kernel(__VA_ARGS__); }))
+#define LBE_LAUNCH(kernel, blocks, threads, stream, ...)         \
+  ((void)(stream), ::emulation::Launch(#kernel, blocks, threads, \
+                                       [=] { kernel(__VA_ARGS__); }))
 
 namespace emulation {
 
@@ -154,16 +157,31 @@ struct Fiber {
   }
 };
 
+// What a stream was given to do: a kernel's name, blocks and threads a block,
+// or the bytes of a memset.
+struct Operation {
+  std::string name;
+  unsigned blocks;
+  unsigned threads;
+  size_t bytes;
+};
+
+// In which order blocks start: those of a GPU may do so in any.
+enum class Order { kRandom, kAscending, kDescending };
+
 // One launch at a time, from one thread.
 struct Machine {
   std::mt19937 random{1};
+  Order order = Order::kRandom;
+  size_t resident = 3;                // blocks at a time
+  bool runs = true;                   // or only writes down what it is given
+  std::vector<Operation> operations;  // so far
   Fiber* current = nullptr;
   ucontext_t scheduler;
   const std::function<void()>* body = nullptr;
   void* scheduler_tsan = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
-  int launches = 0;  // so far
 };
 
 inline Machine& TheMachine() {
@@ -286,26 +304,30 @@ inline void Resume(Fiber* fiber) {
   machine.current = nullptr;
 }
 
-// Runs all blocks, some of them at a time, in random order.
-inline void Launch(unsigned blocks, unsigned threads,
+// Runs all blocks, some of them at a time.
+inline void Launch(const char* name, unsigned blocks, unsigned threads,
                    const std::function<void()>& body) {
-  constexpr size_t kResident = 3;
   Unseen unseen;
   Machine& machine = TheMachine();
+  machine.operations.push_back({name, blocks, threads, 0});
+  if (!machine.runs) return;
   machine.body = &body;
-  ++machine.launches;
   // Subnormal floats are zero, as with nvcc -ftz=true; fibers inherit this.
   const unsigned saved = _mm_getcsr();
   _mm_setcsr(saved | _MM_FLUSH_ZERO_ON | 0x0040);
   std::vector<unsigned> order(blocks);
   for (unsigned b = 0; b < blocks; ++b) order[b] = b;
-  std::shuffle(order.begin(), order.end(), machine.random);
+  if (machine.order == Order::kRandom) {
+    std::shuffle(order.begin(), order.end(), machine.random);
+  } else if (machine.order == Order::kDescending) {
+    std::reverse(order.begin(), order.end());
+  }
 
   std::vector<std::unique_ptr<Block>> resident;
   std::vector<std::unique_ptr<Fiber>> fibers, finished;
   size_t next = 0;
   while (next < blocks || !resident.empty()) {
-    while (next < blocks && resident.size() < kResident) {
+    while (next < blocks && resident.size() < machine.resident) {
       auto block = std::make_unique<Block>();
       block->threads = threads;
       block->warps.resize(threads / kWarp);
@@ -387,7 +409,24 @@ template <typename T>
 T __ldcg(const T* address) {
   return *address;
 }
+template <typename T>
+void __stwb(T* address, T value) {
+  *address = value;
+}
 using std::min;
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
 
 struct __half {
   uint16_t bits;
@@ -441,6 +480,7 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
 
 // What the launchers and the NumPy module need of the CUDA runtime.
 #define CUDART_VERSION 0
+#define LBE_CUDA_ARCHITECTURES "sm_90 compute_120"
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
@@ -450,6 +490,9 @@ enum cudaError_t {
   cudaErrorNoDevice = 100,
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorIllegalAddress = 700,
+  cudaErrorMisalignedAddress = 716,
+  cudaErrorLaunchFailure = 719,
 };
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
@@ -458,7 +501,6 @@ struct cudaDeviceProp {
   int major;
   int minor;
 };
-struct cudaFuncAttributes {};
 
 // The error of the last call that failed, as CUDA keeps it until it is asked
 // for.
@@ -471,7 +513,7 @@ inline cudaError_t cudaGetLastError() {
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated error"; }
 inline cudaError_t cudaDriverGetVersion(int* version) {
-  *version = 0;
+  *version = 12030;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) {
@@ -479,16 +521,14 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
-  *properties = {"emulated on the CPU", 0, 0};
-  return cudaSuccess;
-}
-template <typename Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  *properties = {"emulated on the CPU", 9, 0};
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes,
                                    cudaStream_t) {
-  std::memset(data, value, bytes);
+  emulation::Machine& machine = emulation::TheMachine();
+  machine.operations.push_back({"memset", 0, 0, bytes});
+  if (machine.runs) std::memset(data, value, bytes);
   return cudaSuccess;
 }
 

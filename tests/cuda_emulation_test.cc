@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The CUDA kernels, run on the CPU by cuda_emulation.h, compared bit for bit
-// with the definition of their result: the tree of batch_entropy.h, walked
-// column by column. Those of an epilogue are compared with the CPU's, bit for
-// bit, and with the formula in double.
+// with the definition of their results, walked column by column: the tree of
+// batch_entropy.h, and the orders of summation there and in activations.h. What
+// an epilogue makes is compared with the CPU's kernels, too, bit for bit, and
+// with the formula in double.
 //
 // test_cuda_emulation.py compiles this with and without sanitizers, and with
 // faults planted into the kernels, which this must then find. Every buffer has
@@ -11,16 +12,21 @@
 
 #include "cuda_emulation.h"
 
+#include "cpu_loops.h"
 #include "kernels.h"
 #ifdef LBE_QUICK  // fewer kernels to compile: of the dtypes that are tested
                   // then
-#undef LBE_FOR_EACH_DTYPE
-#define LBE_FOR_EACH_DTYPE(DO)                  \
-  DO(kFloat16, Half, float, DT_HALF, "float16") \
-  DO(kFloat32, float, float, DT_FLOAT, "float32")
+namespace lbe {
+template <typename Body>
+auto WithTestedTypes(DType dtype, const Body& body) {
+  return dtype == DType::kFloat16 ? body(Types<Half, float>())
+                                  : body(Types<float, float>());
+}
+}  // namespace lbe
+#define WithTypes WithTestedTypes
 #endif
 #include LBE_CUDA_SOURCE
-#include "cpu_kernels.h"
+#include LBE_CUDA_SYSTEM_SOURCE
 
 namespace lbe {
 
@@ -55,10 +61,10 @@ bool SameBits(const T& a, const T& b) {
   return (a != a && b != b) || std::memcmp(&a, &b, sizeof(T)) == 0;
 }
 bool SameBits(Half a, Half b) {
-  return SameBits(Numbers<Half>::Load(a), Numbers<Half>::Load(b));
+  return SameBits(Convert<Half>::Load(a), Convert<Half>::Load(b));
 }
 bool SameBits(BFloat16 a, BFloat16 b) {
-  return SameBits(Numbers<BFloat16>::Load(a), Numbers<BFloat16>::Load(b));
+  return SameBits(Convert<BFloat16>::Load(a), Convert<BFloat16>::Load(b));
 }
 
 // The moments of leaves [first, first + leaves) of one column.
@@ -88,23 +94,126 @@ struct Case {
   bool hard = false;   // see Test
 };
 
-template <typename Element, typename Scalar>
-void Test(DType dtype, const Case& c) {
-  ++cases;
-  bool ok = true;
-  const auto expect = [&](bool holds, const char* what, int64_t unit) {
-    if (holds || !ok) return;
-    ok = false;
+// While it lives, subnormal numbers are zero, as they are in the kernels.
+class SubnormalsAreZero {
+ public:
+  SubnormalsAreZero() : saved_(_mm_getcsr()) {
+    _mm_setcsr(saved_ | _MM_FLUSH_ZERO_ON | 0x0040);
+  }
+  ~SubnormalsAreZero() { _mm_setcsr(saved_); }
+
+ private:
+  const unsigned saved_;
+};
+
+// The results of a forward pass over x [rows, units], by their definition.
+template <typename Scalar>
+struct Defined {
+  std::vector<Scalar> mean, variance;
+  Scalar entropy;
+
+  template <typename Element>
+  Defined(const Element* x, const Problem& problem) {
+    const SubnormalsAreZero zeros;
+    const auto factors = EntropyFactorsOf<Scalar>(problem.formula);
+    std::vector<double> groups(CeilDiv(problem.units, kGroupUnits) *
+                               kGroupUnits);
+    for (int64_t u = 0; u < problem.units; ++u) {
+      std::vector<Scalar> column(problem.rows);
+      for (int64_t n = 0; n < problem.rows; ++n) {
+        column[n] = Convert<Element>::Load(x[n * problem.units + u]);
+      }
+      const auto moments = Tree(column, 0, CeilDiv(problem.rows, kLeafRows));
+      mean.push_back(moments.mean);
+      variance.push_back(
+          Variance<Scalar>(moments.m2, problem.rows, problem.formula));
+      groups[u] = UnitEntropy<Scalar>(variance[u], factors);
+    }
+    double lanes[kSumLanes] = {};
+    for (size_t group = 0; group * kGroupUnits < groups.size(); ++group) {
+      lanes[group % kSumLanes] +=
+          SumHalves<kGroupUnits>(&groups[group * kGroupUnits]);
+    }
+    entropy = static_cast<Scalar>(SumHalves<kSumLanes>(lanes) /
+                                  static_cast<double>(problem.units));
+  }
+};
+
+// Counts a failure, one for each case, and says of what.
+class Expect {
+ public:
+  Expect(DType dtype, const Case& c, const std::string& what)
+      : dtype_(dtype), case_(c), of_(what) {
+    ++cases;
+  }
+  void operator()(bool holds, const char* what, int64_t at) {
+    if (holds || !ok_) return;
+    ok_ = false;
     ++failures;
     std::fprintf(stderr,
-                 "FAILED: %s of unit %lld; dtype %d, x [%lld, %lld], %d "
-                 "blocks, misaligned by %lld elements\n",
-                 what, static_cast<long long>(unit), static_cast<int>(dtype),
-                 static_cast<long long>(c.rows),
-                 static_cast<long long>(c.units), c.blocks,
-                 static_cast<long long>(c.misaligned));
-  };
-  const Formula formula = {8.5, 0.75, c.units % 2};
+                 "FAILED: %s %lld%s; dtype %d, x [%lld, %lld], %d blocks, "
+                 "misaligned by %lld elements\n",
+                 what, static_cast<long long>(at), of_.c_str(),
+                 static_cast<int>(dtype_), static_cast<long long>(case_.rows),
+                 static_cast<long long>(case_.units), case_.blocks,
+                 static_cast<long long>(case_.misaligned));
+  }
+
+ private:
+  const DType dtype_;
+  const Case case_;
+  const std::string of_;
+  bool ok_ = true;
+};
+
+// What a stream is given to do by `call`.
+template <typename Call>
+std::vector<emulation::Operation> Operations(const Call& call) {
+  auto& operations = emulation::TheMachine().operations;
+  operations.clear();
+  call();
+  return operations;
+}
+
+int64_t Doubles(int64_t bytes) { return (bytes + 7) / 8; }
+
+// Runs a forward pass in several orders of its blocks, all of them with one
+// workspace, as a CUDA graph does that is launched again. Calls `compare` each
+// time.
+template <typename Compare>
+void ForwardInEachOrder(const Problem& problem, ForwardArguments arguments,
+                        int blocks, Expect* expect, const Compare& compare) {
+  emulation::Machine& machine = emulation::TheMachine();
+  Buffer<double> workspace(Doubles(
+      ForwardCudaWorkspace(problem, arguments.epilogue != nullptr, blocks)));
+  arguments.workspace = workspace.get();
+  using emulation::Order;
+  for (const Order order :
+       {Order::kRandom, Order::kAscending, Order::kDescending}) {
+    machine.order = order;
+    machine.resident = order == Order::kRandom ? 3 : 1;
+    int error = 0;
+    EmulatedLastError() = cudaErrorMemoryAllocation;  // of a call before
+    const auto operations = Operations(
+        [&] { error = ForwardCuda(nullptr, problem, arguments, blocks); });
+    (*expect)(error == 0, "success", error);
+    (*expect)(operations.back().name.find("Statistics") == 1 &&
+                  operations.size() <= 2 &&
+                  (operations.size() == 1 || (operations[0].name == "memset" &&
+                                              operations[1].blocks > 1)),
+              "operations", static_cast<int64_t>(operations.size()));
+    compare();
+    // An epilogue in place has no z any more.
+    if (operations.back().blocks == 1 || arguments.y == arguments.x) break;
+  }
+  machine.order = Order::kRandom;
+  machine.resident = 3;
+}
+
+template <typename Element, typename Scalar>
+void Test(DType dtype, const Case& c) {
+  Expect expect(dtype, c, "");
+  const Problem problem = {dtype, c.rows, c.units, {8.5, 0.75, c.units % 2}};
   const int64_t elements = c.rows * c.units;
   std::mt19937 random(static_cast<unsigned>(elements));
   std::normal_distribution<float> normal(3.f, 2.f);
@@ -115,19 +224,19 @@ void Test(DType dtype, const Case& c) {
   Element* in_place = in_place_storage.get() + c.misaligned;
   Element* dx = dx_storage.get() + c.misaligned;
   for (int64_t i = 0; i < elements; ++i) {
-    x[i] = Numbers<Element>::Round(static_cast<Scalar>(normal(random)));
+    x[i] = Convert<Element>::Round(static_cast<Scalar>(normal(random)));
   }
   if (c.hard) {  // columns that vary little, not at all, or are not finite
     for (int64_t n = 0; n < c.rows; ++n) {
       Element* row = x + n * c.units;
-      row[0] = Numbers<Element>::Round(7);
-      if (c.units > 3) row[3] = Numbers<Element>::Round(n % 2 * Scalar(1e-6));
+      row[0] = Convert<Element>::Round(7);
+      if (c.units > 3) row[3] = Convert<Element>::Round(n % 2 * Scalar(1e-6));
     }
     const Scalar infinity = std::numeric_limits<Scalar>::infinity();
-    if (c.units > 1) x[1] = Numbers<Element>::Round(infinity);
+    if (c.units > 1) x[1] = Convert<Element>::Round(infinity);
     if (c.units > 2) {
       x[(c.rows - 1) * c.units + 2] =
-          Numbers<Element>::Round(infinity - infinity);
+          Convert<Element>::Round(infinity - infinity);
     }
   }
   std::copy_n(x, elements, in_place);
@@ -138,66 +247,63 @@ void Test(DType dtype, const Case& c) {
     mean_grad[u] = static_cast<Scalar>(u % 3);
     variance_grad[u] = static_cast<Scalar>(u % 5);
   }
-  const int64_t bytes =
-      BatchEntropyForwardCudaWorkspace(dtype, c.rows, c.units, c.blocks);
-  Buffer<double> workspace((bytes + 7) / 8);
-  EmulatedLastError() = cudaErrorMemoryAllocation;  // of a call before this one
-  int error = BatchEntropyForwardCuda(
-      nullptr, dtype, x, c.rows, c.units, formula, workspace.get(), mean.get(),
-      variance.get(), entropy.get(), valid.get(), c.blocks);
-  expect(error == 0 && valid[0] == 1, "success", 0);
-
-  const auto factors = EntropyFactorsOf<Scalar>(formula);
-  const auto gradient = GradientFactorsOf<Scalar>(c.rows, c.units, formula);
-  const Scalar share = EntropyShare(entropy_grad[0], gradient);
-  std::vector<double> groups(CeilDiv(c.units, kGroupUnits) * kGroupUnits);
-  for (bool statistics : {false, true}) {
-    error = BatchEntropyGradCuda(
-        nullptr, dtype, x, c.rows, c.units, formula, mean.get(), variance.get(),
-        entropy_grad.get(), statistics ? mean_grad.get() : nullptr,
-        statistics ? variance_grad.get() : nullptr, dx, c.blocks);
-    expect(error == 0, "success of the gradient", 0);
+  const Defined<Scalar> expected(x, problem);
+  ForwardArguments forward;
+  forward.x = x;
+  forward.entropy = entropy.get();
+  forward.mean = mean.get();
+  forward.variance = variance.get();
+  forward.valid = valid.get();
+  ForwardInEachOrder(problem, forward, c.blocks, &expect, [&] {
+    expect(valid[0] == 1, "valid", 0);
     for (int64_t u = 0; u < c.units; ++u) {
-      std::vector<Scalar> column(c.rows);
-      for (int64_t n = 0; n < c.rows; ++n) {
-        column[n] = Numbers<Element>::Load(x[n * c.units + u]);
-      }
-      const auto moments = Tree(column, 0, CeilDiv(c.rows, kLeafRows));
-      const Scalar v = Variance<Scalar>(moments.m2, c.rows, formula);
-      expect(SameBits(mean[u], moments.mean), "mean", u);
-      expect(SameBits(variance[u], v), "variance", u);
-      groups[u] = UnitEntropy<Scalar>(v, factors);
-      const Scalar slope = EntropySlope(v, share, gradient);
-      const Scalar both = slope + VarianceSlope(variance_grad[u], gradient);
-      const Scalar offset = MeanOffset(mean_grad[u], gradient);
-      for (int64_t n = 0; n < c.rows; ++n) {
-        const Scalar expected =
-            statistics ? UnitGradient(column[n], moments.mean, both, offset)
-                       : UnitGradient(column[n], moments.mean, slope);
-        expect(SameBits(dx[n * c.units + u], Numbers<Element>::Round(expected)),
-               statistics ? "gradient with statistics" : "gradient", u);
-      }
+      expect(SameBits(mean[u], expected.mean[u]), "mean of unit", u);
+      expect(SameBits(variance[u], expected.variance[u]), "variance of unit",
+             u);
+      mean[u] = variance[u] = -1;
+    }
+    expect(SameBits(entropy[0], expected.entropy), "entropy", 0);
+    entropy[0] = valid[0] = -1;
+  });
+
+  GradientArguments backward;
+  backward.x = x;
+  backward.mean = expected.mean.data();
+  backward.variance = expected.variance.data();
+  backward.entropy_grad = entropy_grad.get();
+  backward.dx = dx;
+  const auto factors =
+      GradientFactorsOf<Scalar>(c.rows, c.units, problem.formula);
+  const Scalar share = EntropyShare(entropy_grad[0], factors);
+  for (bool statistics : {false, true}) {
+    if (statistics) {
+      backward.mean_grad = mean_grad.get();
+      backward.variance_grad = variance_grad.get();
+    }
+    const int error = GradientCuda(nullptr, problem, backward, c.blocks);
+    expect(error == 0, "success of the gradient", error);
+    const SubnormalsAreZero zeros;
+    for (int64_t i = 0; i < elements; ++i) {
+      const int64_t u = i % c.units;
+      const Scalar value = Convert<Element>::Load(x[i]);
+      const Scalar reciprocal = Reciprocal(expected.variance[u], factors);
+      const Scalar gradient =
+          statistics ? UnitGradient(value, expected.mean[u], reciprocal, share,
+                                    VarianceSlope(variance_grad[u], factors),
+                                    MeanOffset(mean_grad[u], factors))
+                     : UnitGradient(value, expected.mean[u], reciprocal, share);
+      expect(SameBits(dx[i], Convert<Element>::Round(gradient)),
+             statistics ? "gradient with statistics" : "gradient", i);
     }
   }
-  double lanes[kSumLanes] = {};
-  for (size_t group = 0; group * kGroupUnits < groups.size(); ++group) {
-    lanes[group % kSumLanes] +=
-        SumHalves<kGroupUnits>(&groups[group * kGroupUnits]);
-  }
-  expect(
-      SameBits(entropy[0], static_cast<Scalar>(SumHalves<kSumLanes>(lanes) /
-                                               static_cast<double>(c.units))),
-      "entropy", 0);
-  error = BatchEntropyGradCuda(nullptr, dtype, in_place, c.rows, c.units,
-                               formula, mean.get(), variance.get(),
-                               entropy_grad.get(), mean_grad.get(),
-                               variance_grad.get(), in_place, c.blocks);
-  expect(error == 0, "success of the gradient in place", 0);
+  backward.x = backward.dx = in_place;
+  const int error = GradientCuda(nullptr, problem, backward, c.blocks);
+  expect(error == 0, "success of the gradient in place", error);
   for (int64_t i = 0; i < elements; ++i) {
-    expect(SameBits(in_place[i], dx[i]), "gradient in place", i % c.units);
+    expect(SameBits(in_place[i], dx[i]), "gradient in place", i);
   }
-  error = SetScalarCuda(nullptr, dtype, 2.5, entropy.get());
-  expect(error == 0 && entropy[0] == Scalar(2.5), "scalar", 0);
+  SetScalarCuda(nullptr, dtype, 2.5, entropy.get());
+  expect(entropy[0] == Scalar(2.5), "scalar", 0);
 }
 
 // What an epilogue writes.
@@ -218,8 +324,113 @@ struct EpilogueResults {
   Element* dz;
 };
 
+// Calls `body` with the activation as a constant, on the host.
+template <typename Body>
+void WithEachActivation(Activation activation, const Body& body) {
+#define LBE_ACTIVATION(name, keras_name)                          \
+  if (activation == Activation::name) {                           \
+    body(std::integral_constant<Activation, Activation::name>()); \
+  }
+  LBE_FOR_EACH_ACTIVATION(LBE_ACTIVATION)
+#undef LBE_ACTIVATION
+}
+
+// The same by their definition, of z and dy.
+template <typename Element, typename Scalar>
+void DefineEpilogue(const Problem& problem, const Epilogue& epilogue,
+                    const Element* z, const Element* dy, Scalar entropy_grad,
+                    EpilogueResults<Element, Scalar>* to) {
+  using C = Convert<Element>;
+  const SubnormalsAreZero zeros;
+  const int64_t units = problem.units, elements = problem.rows * units;
+  const auto* bias = static_cast<const Element*>(epilogue.bias);
+  const Scalar slope = static_cast<Scalar>(epilogue.slope);
+  WithEachActivation(epilogue.activation, [&](auto activation) {
+    constexpr Activation kActivation = decltype(activation)::value;
+    for (int64_t i = 0; i < elements; ++i) {
+      const Scalar b =
+          bias == nullptr ? 0 : C::Load(bias[i % units % epilogue.channels]);
+      to->y[i] =
+          C::Round(Activate<kActivation, Scalar>(C::Load(z[i]) + b, slope));
+    }
+    const Defined<Scalar> statistics(to->y, problem);
+    std::copy_n(statistics.mean.data(), units, to->mean.get());
+    std::copy_n(statistics.variance.data(), units, to->variance.get());
+    to->entropy[0] = statistics.entropy;
+    const auto factors =
+        GradientFactorsOf<Scalar>(problem.rows, units, problem.formula);
+    const Scalar share = EntropyShare(entropy_grad, factors);
+    const int64_t row_blocks = CeilDiv(problem.rows, kSumRows);
+    std::vector<Scalar> sums(row_blocks * units);
+    for (int64_t u = 0; u < units; ++u) {
+      for (int64_t k = 0; k < row_blocks; ++k) {
+        Scalar leaves[kLeafRows] = {};
+        for (int64_t r = 0; r < kSumRows; ++r) {
+          const int64_t n = k * kSumRows + r;
+          if (n >= problem.rows) break;
+          const int64_t i = n * units + u;
+          const Scalar y = C::Load(to->y[i]);
+          const Scalar gradient = UnitGradient(
+              y, to->mean[u], Reciprocal(to->variance[u], factors), share);
+          const Scalar dz = Derivative<kActivation, Scalar>(y, slope) *
+                            (C::Load(dy[i]) + gradient);
+          to->dz[i] = C::Round(dz);
+          leaves[r / kLeafRows] += dz;
+        }
+        sums[k * units + u] = PairwiseSum(leaves);
+      }
+    }
+    for (int64_t channel = 0; channel < to->dbias.count(); ++channel) {
+      const int64_t count = row_blocks * units / epilogue.channels;
+      double parts[kSumParts] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        parts[i % kSumParts] += sums[i * epilogue.channels + channel];
+      }
+      to->dbias[channel] =
+          C::Round(static_cast<Scalar>(SumHalves<kSumParts>(parts)));
+    }
+  });
+}
+
+// The same by the kernels of the CPU.
+template <typename Element, typename Scalar>
+void CpuEpilogue(const Problem& problem, const Epilogue& epilogue,
+                 const Element* z, const Element* dy, Scalar entropy_grad,
+                 EpilogueResults<Element, Scalar>* to) {
+  const Parallel alone = {
+      1, nullptr,
+      [](void*, int, void (*body)(void*), void* argument) { body(argument); }};
+  // Aligned to 64 bytes.
+  const int64_t bytes =
+      std::max(ForwardCpuWorkspace(problem, 1),
+               GradientCpuWorkspace(problem, epilogue.channels));
+  Buffer<double> workspace(Doubles(bytes) + 8);
+  void* aligned = reinterpret_cast<void*>(
+      (reinterpret_cast<uintptr_t>(workspace.get()) + 63) / 64 * 64);
+  ForwardArguments forward;
+  forward.x = z;
+  forward.epilogue = &epilogue;
+  forward.y = to->y;
+  forward.workspace = aligned;
+  forward.entropy = to->entropy.get();
+  forward.mean = to->mean.get();
+  forward.variance = to->variance.get();
+  ForwardCpu(alone, problem, forward);
+  GradientArguments backward;
+  backward.x = to->y;
+  backward.mean = to->mean.get();
+  backward.variance = to->variance.get();
+  backward.entropy_grad = &entropy_grad;
+  backward.epilogue = &epilogue;
+  backward.dy = dy;
+  backward.workspace = aligned;
+  backward.dx = to->dz;
+  if (epilogue.bias != nullptr) backward.dbias = to->dbias.get();
+  GradientCpu(alone, problem, backward);
+}
+
 // activation(z) and its derivative.
-std::pair<double, double> Exact(Activation activation, double z, double alpha) {
+std::pair<double, double> Exact(Activation activation, double z, double slope) {
   const double sigmoid = 1 / (1 + std::exp(-z));
   switch (activation) {
     case Activation::kLinear:
@@ -227,10 +438,10 @@ std::pair<double, double> Exact(Activation activation, double z, double alpha) {
     case Activation::kRelu:
       return {z > 0 ? z : 0, z > 0};
     case Activation::kLeakyRelu:
-      return {z > 0 ? z : alpha * z, z > 0 ? 1 : alpha};
+      return {z > 0 ? z : slope * z, z > 0 ? 1 : slope};
     case Activation::kElu:
-      return {z < 0 ? alpha * std::expm1(z) : z,
-              z < 0 ? alpha * std::exp(z) : 1};
+      return {z < 0 ? slope * std::expm1(z) : z,
+              z < 0 ? slope * std::exp(z) : 1};
     case Activation::kSelu:
       return {kSeluScale * (z < 0 ? kSeluAlpha * std::expm1(z) : z),
               kSeluScale * (z < 0 ? kSeluAlpha * std::exp(z) : 1)};
@@ -248,23 +459,11 @@ std::pair<double, double> Exact(Activation activation, double z, double alpha) {
 template <typename Element, typename Scalar>
 void TestEpilogue(DType dtype, const Case& c, Activation activation,
                   int64_t channels) {
-  ++cases;
-  bool ok = true;
-  const auto expect = [&](bool holds, const char* what, int64_t at) {
-    if (holds || !ok) return;
-    ok = false;
-    ++failures;
-    std::fprintf(stderr,
-                 "FAILED: %s %lld; dtype %d, z [%lld, %lld], %lld channels, "
-                 "activation %d, %d blocks, misaligned by %lld elements\n",
-                 what, static_cast<long long>(at), static_cast<int>(dtype),
-                 static_cast<long long>(c.rows),
-                 static_cast<long long>(c.units),
-                 static_cast<long long>(channels), static_cast<int>(activation),
-                 c.blocks, static_cast<long long>(c.misaligned));
-  };
-  using N = Numbers<Element>;
-  const Formula formula = {8.5, 0.75, c.units % 2};
+  Expect expect(dtype, c,
+                ", activation " + std::to_string(static_cast<int>(activation)) +
+                    ", " + std::to_string(channels) + " channels");
+  using C = Convert<Element>;
+  const Problem problem = {dtype, c.rows, c.units, {8.5, 0.75, c.units % 2}};
   const int64_t elements = c.rows * c.units;
   Buffer<Element> z_storage(elements + c.misaligned),
       dy_storage(elements + c.misaligned), bias(channels);
@@ -273,82 +472,92 @@ void TestEpilogue(DType dtype, const Case& c, Activation activation,
   std::mt19937 random(static_cast<unsigned>(elements));
   std::normal_distribution<float> normal(0.25f, 2.f);
   for (int64_t i = 0; i < elements; ++i) {
-    z[i] = N::Round(static_cast<Scalar>(normal(random)));
-    dy[i] = N::Round(static_cast<Scalar>(normal(random)));
+    z[i] = C::Round(static_cast<Scalar>(normal(random)));
+    dy[i] = C::Round(static_cast<Scalar>(normal(random)));
   }
   for (int64_t i = 0; i < channels; ++i) {
-    bias[i] = N::Round(static_cast<Scalar>(normal(random)));
+    bias[i] = C::Round(static_cast<Scalar>(normal(random)));
   }
   if (c.hard) {
     const Scalar infinity = std::numeric_limits<Scalar>::infinity();
     const Scalar hard[] = {infinity, -infinity, infinity - infinity, 1e-30f,
                            1000,     -1000,     -Scalar(0),          0};
     for (int64_t i = 0; i < elements; i += 5) {
-      z[i] = N::Round(hard[i / 5 % 8]);
+      z[i] = C::Round(hard[i / 5 % 8]);
     }
   }
   Epilogue epilogue;
   epilogue.activation = activation;
-  epilogue.alpha = 0.3;
+  epilogue.slope = 0.3;
   epilogue.bias = channels == 0 ? nullptr : bias.get();
   epilogue.channels = std::max<int64_t>(channels, 1);
   const Scalar entropy_grad = 40;
 
   using Outputs = EpilogueResults<Element, Scalar>;
-  Outputs cpu(c, channels), cuda(c, channels), in_place(c, channels);
-  const Parallel alone = {
-      1, nullptr,
-      [](void*, int, void (*body)(void*), void* argument) { body(argument); }};
-  const auto bytes_of = [](int64_t bytes) { return (bytes + 7) / 8; };
-  Buffer<double> cpu_workspace(bytes_of(
-      std::max(BatchEntropyForwardCpuWorkspace(dtype, c.rows, c.units, 1),
-               EpilogueGradCpuWorkspace(dtype, epilogue, c.rows, c.units))));
-  EpilogueForwardCpu(alone, dtype, z, epilogue, c.rows, c.units, formula,
-                     cpu_workspace.get(), cpu.y, cpu.mean.get(),
-                     cpu.variance.get(), cpu.entropy.get());
-  EpilogueGradCpu(alone, dtype, dy, cpu.y, epilogue, c.rows, c.units, formula,
-                  cpu.mean.get(), cpu.variance.get(), &entropy_grad,
-                  cpu_workspace.get(), cpu.dz, cpu.dbias.get());
-
-  const auto run = [&](const Element* z, const Element* dy, Outputs* to) {
-    Buffer<double> workspace(bytes_of(
-        BatchEntropyForwardCudaWorkspace(dtype, c.rows, c.units, c.blocks)));
-    Buffer<Scalar> valid(1);
-    const int& launches = emulation::TheMachine().launches;
-    int before = launches;
-    int error = EpilogueForwardCuda(nullptr, dtype, z, epilogue, c.rows,
-                                    c.units, formula, workspace.get(), to->y,
-                                    to->mean.get(), to->variance.get(),
-                                    to->entropy.get(), valid.get(), c.blocks);
-    expect(error == 0 && valid[0] == 1, "success", 0);
-    expect(launches - before <= 2, "kernels launched", launches - before);
-    before = launches;
-    Buffer<double> sums(
-        bytes_of(EpilogueGradCudaWorkspace(dtype, epilogue, c.rows, c.units)));
-    error = EpilogueGradCuda(nullptr, dtype, dy, to->y, epilogue, c.rows,
-                             c.units, formula, to->mean.get(),
-                             to->variance.get(), &entropy_grad, sums.get(),
-                             to->dz, to->dbias.get(), c.blocks);
-    expect(error == 0, "success of the gradient", 0);
-    expect(launches - before <= (channels == 0 ? 1 : 2),
-           "kernels launched by the gradient", launches - before);
+  Outputs defined(c, channels), cuda(c, channels), in_place(c, channels);
+  DefineEpilogue(problem, epilogue, z, dy, entropy_grad, &defined);
+  const auto compare = [&](Outputs* found, Outputs* expected) {
     for (int64_t i = 0; i < elements; ++i) {
-      expect(SameBits(to->y[i], cpu.y[i]), "y", i);
-      expect(SameBits(to->dz[i], cpu.dz[i]), "dz", i);
-    }
-    for (int64_t i = 0; i < channels; ++i) {
-      expect(SameBits(to->dbias[i], cpu.dbias[i]), "dbias", i);
+      expect(SameBits(found->y[i], expected->y[i]), "y", i);
     }
     for (int64_t u = 0; u < c.units; ++u) {
-      expect(SameBits(to->mean[u], cpu.mean[u]), "mean", u);
-      expect(SameBits(to->variance[u], cpu.variance[u]), "variance", u);
+      expect(SameBits(found->mean[u], expected->mean[u]), "mean of unit", u);
+      expect(SameBits(found->variance[u], expected->variance[u]),
+             "variance of unit", u);
     }
-    expect(SameBits(to->entropy[0], cpu.entropy[0]), "entropy", 0);
+    expect(SameBits(found->entropy[0], expected->entropy[0]), "entropy", 0);
+  };
+  const auto compare_gradient = [&](Outputs* found, Outputs* expected) {
+    for (int64_t i = 0; i < elements; ++i) {
+      expect(SameBits(found->dz[i], expected->dz[i]), "dz", i);
+    }
+    for (int64_t i = 0; i < channels; ++i) {
+      expect(SameBits(found->dbias[i], expected->dbias[i]), "dbias", i);
+    }
+  };
+  Outputs cpu(c, channels);
+  CpuEpilogue(problem, epilogue, z, dy, entropy_grad, &cpu);
+  compare(&cpu, &defined);
+  compare_gradient(&cpu, &defined);
+
+  const auto run = [&](const Element* z, const Element* dy, Outputs* to) {
+    Buffer<Scalar> valid(1);
+    ForwardArguments forward;
+    forward.x = z;
+    forward.epilogue = &epilogue;
+    forward.y = to->y;
+    forward.entropy = to->entropy.get();
+    forward.mean = to->mean.get();
+    forward.variance = to->variance.get();
+    forward.valid = valid.get();
+    ForwardInEachOrder(problem, forward, c.blocks, &expect,
+                       [&] { compare(to, &defined); });
+    expect(valid[0] == 1, "valid", 0);
+    Buffer<double> sums(Doubles(
+        GradientCudaWorkspace(problem, channels == 0 ? c.units : channels)));
+    GradientArguments backward;
+    backward.x = to->y;
+    backward.mean = to->mean.get();
+    backward.variance = to->variance.get();
+    backward.entropy_grad = &entropy_grad;
+    backward.epilogue = &epilogue;
+    backward.dy = dy;
+    backward.workspace = sums.get();
+    backward.dx = to->dz;
+    if (channels > 0) backward.dbias = to->dbias.get();
+    int error = 0;
+    const auto operations = Operations(
+        [&] { error = GradientCuda(nullptr, problem, backward, c.blocks); });
+    expect(error == 0, "success of the gradient", error);
+    expect(operations.size() <= (channels == 0 ? 1 : 2),
+           "operations of the gradient",
+           static_cast<int64_t>(operations.size()));
+    compare_gradient(to, &defined);
   };
   run(z, dy, &cuda);
   // The tap writes no y: -0 stays, which an addition makes 0.
   if (activation == Activation::kLinear && channels == 0) {
-    std::copy_n(z, elements, cpu.y);
+    std::copy_n(z, elements, defined.y);
   }
   std::copy_n(z, elements, in_place.y);
   std::copy_n(dy, elements, in_place.dz);
@@ -363,18 +572,18 @@ void TestEpilogue(DType dtype, const Case& c, Activation activation,
   std::vector<double> sums(channels), sizes(channels);
   for (int64_t i = 0; i < elements; ++i) {
     const int64_t u = i % c.units;
-    const double b = channels == 0 ? 0 : N::Load(bias[u % channels]);
+    const double b = channels == 0 ? 0 : C::Load(bias[u % channels]);
     const auto [y, derivative] =
-        Exact(activation, static_cast<double>(N::Load(z[i])) + b, 0.3);
-    const double found = N::Load(cuda.y[i]);
+        Exact(activation, static_cast<double>(C::Load(z[i])) + b, 0.3);
+    const double found = C::Load(cuda.y[i]);
     expect(std::fabs(found - y) <= rounding * (std::fabs(y) + 1e-2),
            "the value of y", i);
     const double slope =
-        entropy_grad * formula.scale /
-        (static_cast<double>(c.units * (c.rows - formula.ddof)) *
-         (formula.scale * cuda.variance[u] + formula.offset));
-    const double into_y = N::Load(dy[i]) + slope * (found - cuda.mean[u]);
-    const double dz = N::Load(cuda.dz[i]);
+        entropy_grad * problem.formula.scale /
+        (static_cast<double>(c.units * (c.rows - problem.formula.ddof)) *
+         (problem.formula.scale * cuda.variance[u] + problem.formula.offset));
+    const double into_y = C::Load(dy[i]) + slope * (found - cuda.mean[u]);
+    const double dz = C::Load(cuda.dz[i]);
     expect(std::fabs(dz - derivative * into_y) <=
                rounding * (std::fabs(into_y) + 1),
            "the value of dz", i);
@@ -383,7 +592,7 @@ void TestEpilogue(DType dtype, const Case& c, Activation activation,
     sizes[u % channels] += std::fabs(dz);
   }
   for (int64_t i = 0; i < channels; ++i) {
-    expect(std::fabs(N::Load(cuda.dbias[i]) - sums[i]) <=
+    expect(std::fabs(C::Load(cuda.dbias[i]) - sums[i]) <=
                rounding * (sizes[i] + 1),
            "the value of dbias", i);
   }
@@ -416,6 +625,130 @@ void TestEpilogues(DType dtype, const std::vector<Case>& all, bool thorough) {
   }
 }
 
+// Launches of the default cut, without running them. A forward pass has a block
+// for each wave of its tiles and splits; how many tickets there are says how
+// the splits are merged: one, and one for each cluster of each level of each
+// tile.
+void TestLaunches(bool quick) {
+  enum What { kForward, kEpilogueForward, kGradient, kBiasGradient };
+  struct Launches {
+    DType dtype;
+    int64_t rows, units, channels;
+    What what;
+    std::vector<emulation::Operation> expected;
+  };
+  const auto forward = [](unsigned blocks, size_t tickets) {
+    std::vector<emulation::Operation> operations;
+    if (tickets > 0) operations.push_back({"memset", 0, 0, 4 * tickets});
+    operations.push_back({"Statistics", blocks, kThreads, 0});
+    return operations;
+  };
+  const auto gradient = [](unsigned blocks, unsigned sum_blocks = 0) {
+    std::vector<emulation::Operation> operations;
+    operations.push_back({"Gradient", blocks, kThreads, 0});
+    if (sum_blocks > 0) {
+      operations.push_back({"SumBias", sum_blocks, kThreads, 0});
+    }
+    return operations;
+  };
+  constexpr DType kF16 = DType::kFloat16, kF32 = DType::kFloat32,
+                  kF64 = DType::kFloat64;
+  const std::vector<Launches> all = {
+      // A tile whose splits one block merges.
+      {kF32, 512, 128, 1, kForward, forward(8, 1 + 1)},
+      {kF16, 512, 128, 1, kForward, forward(4, 1 + 1)},
+      {kF32, 128, 128, 1, kForward, forward(1, 0)},
+      // 32 tiles of 32 splits, merged by 16; 16 tiles of 32 splits, by 8.
+      {kF32, 4096, 4096, 1, kForward, forward(1024, 1 + 32 * (2 + 1))},
+      {kF16, 4096, 4096, 1, kForward, forward(512, 1 + 16 * (4 + 1))},
+      {kF64, 4096, 4096, 1, kForward, forward(1024, 1 + 64)},
+      {kF32, 4096, 4096, 1, kEpilogueForward, forward(512, 1 + 32)},
+      // Tiles that fill the GPU are not split.
+      {kF32, 128, 200704, 1, kForward, forward(1568, 1)},
+      {kF16, 128, 200704, 1, kForward, forward(784, 1)},
+      {kF16, 128, 100352, 1, kForward, forward(392, 1)},
+      // One tile of many splits, merged by 32 in as many blocks as that takes.
+      {kF32, 65536, 64, 1, kForward, forward(512, 1 + 16 + 1)},
+      {kF16, 65536, 64, 1, kForward, forward(256, 1 + 8 + 1)},
+      {kF64, 65536, 64, 1, kForward, forward(512, 1 + 16 + 1)},
+      {kF32, 4096, 4096, 1, kGradient, gradient(1024)},
+      {kF16, 4096, 4096, 1, kGradient, gradient(1024)},
+      {kF32, 128, 200704, 1, kGradient, gradient(1568)},
+      {kF16, 128, 200704, 1, kGradient, gradient(1568)},
+      {kF32, 65536, 64, 1, kGradient, gradient(1024)},
+      // Channels side by side, or a block for each.
+      {kF32, 4096, 4096, 4096, kBiasGradient, gradient(512, 128)},
+      {kF32, 64, 256, 256, kBiasGradient, gradient(2)},
+      {kF32, 256, 224 * 224 * 3, 3, kBiasGradient, gradient(1176, 3)},
+      {kF32, 32, 112 * 112 * 32, 32, kBiasGradient, gradient(3136, 32)},
+  };
+  emulation::Machine& machine = emulation::TheMachine();
+  machine.runs = false;
+  for (const Launches& launches : all) {
+    if (quick && launches.dtype == kF64) continue;
+    const Case c = {launches.rows, launches.units, 0, 0};
+    Expect expect(launches.dtype, c, "");
+    const Problem problem = {launches.dtype, c.rows, c.units, {8.5, 0.75, 0}};
+    Epilogue epilogue;
+    epilogue.activation = Activation::kRelu;
+    epilogue.channels = launches.channels;
+    void* const somewhere = reinterpret_cast<void*>(uintptr_t{4096});
+    ForwardArguments to_forward;
+    GradientArguments to_gradient;
+    to_forward.y = somewhere;
+    if (launches.what == kEpilogueForward) to_forward.epilogue = &epilogue;
+    if (launches.what == kBiasGradient) {
+      to_gradient.epilogue = &epilogue;
+      to_gradient.dbias = somewhere;
+    }
+    const auto found = Operations([&] {
+      const int error = launches.what <= kEpilogueForward
+                            ? ForwardCuda(nullptr, problem, to_forward)
+                            : GradientCuda(nullptr, problem, to_gradient);
+      expect(error == 0, "success", error);
+    });
+    bool same = found.size() == launches.expected.size();
+    for (size_t i = 0; same && i < found.size(); ++i) {
+      const emulation::Operation& one = found[i];
+      const emulation::Operation& expected = launches.expected[i];
+      // Of a kernel the name starts with a bracket.
+      same = one.name.find(expected.name) <= 1 &&
+             one.blocks == expected.blocks && one.threads == expected.threads &&
+             one.bytes == expected.bytes;
+    }
+    expect(same, "operations", static_cast<int64_t>(found.size()));
+    if (same) continue;
+    for (const emulation::Operation& one : found) {
+      std::fprintf(stderr, "  %s: %u blocks, %zu bytes\n", one.name.c_str(),
+                   one.blocks, one.bytes);
+    }
+  }
+  machine.runs = true;
+}
+
+// Which GPUs have code, and how a driver that is too old is reported.
+void TestSystem() {
+  const auto expect = [](bool holds, const char* what) {
+    ++cases;
+    if (holds) return;
+    ++failures;
+    std::fprintf(stderr, "FAILED: %s\n", what);
+  };
+  expect(HasCodeFor("sm_75 sm_80 sm_90", 90), "the same architecture");
+  expect(HasCodeFor("sm_80 sm_90", 86), "a newer minor version");
+  expect(!HasCodeFor("sm_86 sm_90", 80), "not an older minor version");
+  expect(!HasCodeFor("sm_90", 100), "not another major version");
+  expect(HasCodeFor("sm_90 compute_90", 121), "PTX, for newer ones");
+  expect(!HasCodeFor("sm_90 compute_90", 89), "PTX, not for older ones");
+  expect(HasCodeFor("sm_90a", 90) && !HasCodeFor("sm_100a", 103),
+         "of one architecture alone");
+  expect(HasCodeFor("sm_100f", 103) && !HasCodeFor("compute_100f", 120),
+         "of a family alone");
+  expect(!HasCodeFor("", 90), "none");
+  expect(DescribeCuda().error == 0 && DescribeCuda().compute_capability == 90,
+         "the emulated GPU");
+}
+
 int Main() {
 #ifdef LBE_QUICK
   constexpr bool quick = true;
@@ -445,6 +778,8 @@ int Main() {
       }
     }
   }
+  TestSystem();
+  TestLaunches(quick);
   for (const Case& c : all) {
     Test<Half, float>(DType::kFloat16, c);
     Test<float, float>(DType::kFloat32, c);
@@ -452,6 +787,19 @@ int Main() {
     if (quick) continue;
     Test<BFloat16, float>(DType::kBFloat16, c);
     Test<double, double>(DType::kFloat64, c);
+  }
+  // Splits that are merged in two levels.
+  Test<float, float>(DType::kFloat32, {1090, 66, 1 << 20, 0});
+  // Six channels side by side, with several sums each.
+  TestEpilogue<float, float>(DType::kFloat32, {70, 66, 9, 0}, Activation::kRelu,
+                             6);
+  // Two channels of so many positions that each has a block of SumBias.
+  const Case positions = {9, 2200, 1, 0};
+  TestEpilogue<float, float>(DType::kFloat32, positions, Activation::kRelu, 2);
+  if (!quick) {
+    TestEpilogue<Half, float>(DType::kFloat16, positions, Activation::kElu, 2);
+    TestEpilogue<double, double>(DType::kFloat64, positions, Activation::kTanh,
+                                 2);
   }
   // Every activation on small shapes, each other shape with some of them.
   const std::vector<Case> small = {{19, 6, 1, 0}, {9, 33, 1, 1, true}};

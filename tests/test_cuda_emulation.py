@@ -8,12 +8,13 @@ planted faults, each of which it must find.
 
 import os
 import pathlib
+import shutil
 import subprocess
 
 import pytest
 
 TESTS = pathlib.Path(__file__).resolve().parent
-KERNELS = TESTS.parent / "cuda" / "batch_entropy.cu"
+KERNELS = TESTS.parent / "cuda"
 
 SANITIZERS = {
     "none": ["-O2"],
@@ -36,7 +37,7 @@ def compile_cxx(*arguments: object) -> None:
 def cpu_kernels(tmp_path_factory) -> list[pathlib.Path]:
     """The CPU kernels, compiled for any processor."""
     folder = tmp_path_factory.mktemp("cpu_kernels")
-    names = ["cpu_kernels", "cpu_dispatch"]
+    names = ["cpu_loops", "cpu_launch"]
     for name in names:
         source = TESTS.parent / "cc" / f"{name}.cc"
         options = ("-O1", "-Wno-psabi", "-DLBE_CPU_LOOPS=CpuLoopsBaseline")
@@ -45,7 +46,7 @@ def cpu_kernels(tmp_path_factory) -> list[pathlib.Path]:
 
 
 def build(
-    kernels: pathlib.Path,
+    cuda: pathlib.Path,
     sanitizer: str,
     cpu_kernels: list[pathlib.Path],
     folder: pathlib.Path,
@@ -55,7 +56,8 @@ def build(
     compile_cxx(
         *("-Wno-unknown-pragmas", "-fno-strict-aliasing"),
         *("-fno-sanitize-recover=all", *SANITIZERS[sanitizer]),
-        *(f"-I{TESTS}", f'-DLBE_CUDA_SOURCE="{kernels}"'),
+        *(f"-I{TESTS}", "-DLBE_CUDA", f'-DLBE_CUDA_SOURCE="{cuda}/launch.cu"'),
+        f'-DLBE_CUDA_SYSTEM_SOURCE="{cuda}/cuda_system.cc"',
         *(["-DLBE_QUICK", "-Wno-switch"] if quick else []),
         *(TESTS / "cuda_emulation_test.cc", *cpu_kernels, "-o", program),
     )
@@ -77,7 +79,8 @@ def test_the_kernels_compute_the_tree_bit_for_bit(sanitizer, cpu_kernels, tmp_pa
     assert "0 failed" in done.stdout
 
 
-# What is replaced by what, what looks for it, and what it then says.
+# What is replaced by what, in the one file where it stands; what looks for it, and
+# what it then says.
 FAULTS = {
     "a missing barrier before the warps merge": (
         "  __syncthreads();\n  Moments<Scalar> nodes[kWarps]",
@@ -100,8 +103,8 @@ FAULTS = {
         ("address", "heap-buffer-overflow"),
     ),
     "a row too many": (
-        "        if (r < rows) {",
-        "        if (r < rows + 1) {",
+        "if (r < rows && pieces.inside(piece)) {",
+        "if (r < rows + 1 && pieces.inside(piece)) {",
         ("address", "heap-buffer-overflow"),
     ),
     "shared memory too small": (
@@ -115,19 +118,69 @@ FAULTS = {
         ("none", "FAILED"),
     ),
     "a return before a barrier": (
-        "  const Moments<Scalar> moments =\n      MergeGroups<kCount>",
-        "  if (own_rows == 0) return;\n"
-        "  const Moments<Scalar> moments =\n      MergeGroups<kCount>",
+        "  FinishBlock(forward,",
+        "  if (own_rows == 0) return;\n  FinishBlock(forward,",
         ("none", "threads wait at a barrier or a shuffle"),
     ),
-    "a race between blocks": (
-        "atomicAdd(partials.ticket, 1u) == cut.tiles - 1",
-        "blockIdx.x + 1 == cut.tiles",
+    "a race between the blocks of a tile": (
+        "if (!IsLast(&tickets[own * cut.tiles + place.tile], present)) return false;",
+        "if (place.split + 1 != cut.splits) return false;",
         ("thread", "data race"),
     ),
-    "a ticket that is not reset": (
-        "*partials.ticket = 0;",
-        "partials.ticket += 0;",
+    "a race between tiles": (
+        "!IsLast(&forward.partials.tickets[0], cut.tiles)",
+        "blockIdx.x + 1 != cut.tiles * cut.splits",
+        ("thread", "data race"),
+    ),
+    "a race of the order of blocks alone": (
+        "!IsLast(&forward.partials.tickets[0], cut.tiles)",
+        "blockIdx.x + 1 != cut.tiles * cut.splits",
+        ("none", "FAILED"),
+    ),
+    "tickets that are not set to zero": (
+        "SetZeroCuda(stream, forward.partials.tickets, parts.ticket_bytes)",
+        "SetZeroCuda(stream, forward.partials.tickets, 0)",
+        ("none", "FAILED"),
+    ),
+    "too few tickets set to zero": (
+        "SetZeroCuda(stream, forward.partials.tickets, parts.ticket_bytes)",
+        "SetZeroCuda(stream, forward.partials.tickets, parts.ticket_bytes - 4)",
+        ("none", "FAILED"),
+    ),
+    "one ticket for all tiles": (
+        "&tickets[own * cut.tiles + place.tile]",
+        "&tickets[own * cut.tiles]",
+        ("none", "FAILED"),
+    ),
+    "one ticket for two levels": (
+        "    tickets += cut.tiles * nodes;\n",
+        "",
+        ("none", "FAILED"),
+    ),
+    "a workspace without room for the last node": (
+        "bytes = nodes + 2 * splits * cut.units * scalar_bytes;",
+        "bytes = nodes + splits * cut.units * scalar_bytes;",
+        ("address", "heap-buffer-overflow"),
+    ),
+    "an answer of IsLast that a slow thread misses": (
+        "  // All threads have written, and nobody reads the answer of the last call.\n"
+        "  __syncthreads();\n",
+        "",
+        ("thread", "data race"),
+    ),
+    "a node of the wrong level": (
+        "    pitch <<= cluster_bits;\n",
+        "",
+        ("none", "FAILED"),
+    ),
+    "a missing barrier before groups of threads merge": (
+        "      shared[Thread()] = *moments;\n      __syncthreads();\n",
+        "      shared[Thread()] = *moments;\n",
+        ("thread", "data race"),
+    ),
+    "a short node in the middle": (
+        "first + present < nodes",
+        "first + present <= nodes",
         ("none", "FAILED"),
     ),
     "groups that are not merged": (
@@ -148,9 +201,14 @@ FAULTS = {
         ("address", "heap-buffer-overflow"),
     ),
     "the bias of the neighbour": (
-        "channel = channel + 1 == arguments.channels ? 0 : channel + 1;",
+        "channel = channel + 1 == epilogue.channels ? 0 : channel + 1;",
         "channel = channel + 1;",
         ("address", "heap-buffer-overflow"),
+    ),
+    "statistics of the neighbour": (
+        "for (int j = 0; j < kVector; ++j) to[i + j] = read.elements[j];",
+        "for (int j = 0; j < kVector; ++j) to[i + j] = read.elements[j ^ 1];",
+        ("none", "FAILED"),
     ),
     "a missing barrier before the leaves of dbias are added up": (
         "  __syncthreads();\n  // The leaves of these",
@@ -168,16 +226,35 @@ FAULTS = {
         # So far off that the memory may be another buffer's, freed before.
         ("address", "AddressSanitizer: heap-"),
     ),
+    "a missing barrier before the parts of dbias are added up": (
+        "    shared[Thread()] = sum;\n    __syncthreads();\n",
+        "    shared[Thread()] = sum;\n",
+        ("thread", "data race"),
+    ),
+    "a part of dbias too few": (
+        "i < count; i += kSumParts) {",
+        "i + 1 < count; i += kSumParts) {",
+        ("none", "FAILED"),
+    ),
+    "a sum of dbias too many": (
+        "read[j] = i + j * kStep < count",
+        "read[j] = i + j * kStep <= count",
+        ("address", "heap-buffer-overflow"),
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault, cpu_kernels, tmp_path):
     old, new, (sanitizer, message) = FAULTS[fault]
-    source = KERNELS.read_text()
-    assert source.count(old) == 1, "the kernels have changed: plant it anew"
-    faulty = tmp_path / "faulty.cu"
-    faulty.write_text(source.replace(old, new))
+    faulty = tmp_path / "cuda"
+    shutil.copytree(KERNELS, faulty)
+    texts = {path: path.read_text() for path in faulty.iterdir()}
+    assert sum(text.count(old) for text in texts.values()) == 1, (
+        "the kernels have changed: plant it anew"
+    )
+    for path, text in texts.items():
+        path.write_text(text.replace(old, new))
     done = run(build(faulty, sanitizer, cpu_kernels, tmp_path, quick=True))
     assert done.returncode != 0
     assert message in done.stdout + done.stderr

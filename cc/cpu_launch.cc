@@ -335,9 +335,8 @@ void GradientCpu(const Parallel& parallel, const Problem& problem,
   const int64_t rows = problem.rows, units = problem.units;
   const int64_t pitch = units * loops.element_bytes;
   const int64_t bytes = rows * pitch;
-  const bool stream = arguments.dx != arguments.x && bytes > kStreamBytes &&
-                      pitch % 64 == 0 &&
-                      reinterpret_cast<uintptr_t>(arguments.dx) % 64 == 0;
+  const bool stream =
+      arguments.dx != arguments.x && bytes > kStreamBytes && pitch % 64 == 0;
   if (stream) AdviseHugePages(arguments.dx, bytes);
   const int64_t tiles = CeilDiv(units, kTile);
   // What is needed of columns is made anew for each item, at the price of a few

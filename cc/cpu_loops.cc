@@ -474,17 +474,31 @@ struct Loops {
   template <int kRows, bool kStream, bool kStatistics>
   static void GradientRows(const Element* x, int64_t stride, int64_t columns,
                            const Columns& of, Element* dx) {
-    // Lines that are written around the caches must be written whole.
+    const auto part = [&](int64_t c, int64_t width) {
+      const auto gradient = of.template At<kStatistics>(c);
+      for (int r = 0; r < kRows; ++r) {
+        StorePart(gradient(LoadPart(x + r * stride + c, width)), width,
+                  dx + r * stride + c);
+      }
+    };
+    // Lines that are written around the caches must be written whole. They
+    // begin in the same column of every row.
     constexpr int64_t kStep = kStream ? kLine : kLanes;
     int64_t c = 0;
+    if constexpr (kStream) {
+      const auto place = reinterpret_cast<uintptr_t>(dx) / sizeof(Element);
+      const int64_t first = std::min<int64_t>(-place % kLine, columns);
+      for (; c < first; c += kLanes) part(c, std::min(kLanes, first - c));
+      c = first;
+    }
     for (; c + kStep <= columns; c += kStep) {
       alignas(kLineBytes) Element out[kRows][kStep];
-      for (int64_t part = 0; part < kStep; part += kLanes) {
-        const auto gradient = of.template At<kStatistics>(c + part);
+      for (int64_t at = 0; at < kStep; at += kLanes) {
+        const auto gradient = of.template At<kStatistics>(c + at);
         for (int r = 0; r < kRows; ++r) {
           Convert<Element>::Store(
-              gradient(Convert<Element>::Load(x + r * stride + c + part)),
-              kStream ? out[r] + part : dx + r * stride + c);
+              gradient(Convert<Element>::Load(x + r * stride + c + at)),
+              kStream ? out[r] + at : dx + r * stride + c);
         }
       }
       if constexpr (kStream) {
@@ -493,14 +507,7 @@ struct Loops {
         }
       }
     }
-    for (; c < columns; c += kLanes) {
-      const int64_t width = std::min(kLanes, columns - c);
-      const auto gradient = of.template At<kStatistics>(c);
-      for (int r = 0; r < kRows; ++r) {
-        StorePart(gradient(LoadPart(x + r * stride + c, width)), width,
-                  dx + r * stride + c);
-      }
-    }
+    for (; c < columns; c += kLanes) part(c, std::min(kLanes, columns - c));
   }
 
   template <bool kStream, bool kStatistics>

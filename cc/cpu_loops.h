@@ -42,9 +42,8 @@ struct CpuLoops {
   // kGroupUnits columns to one sum.
   void (*finish)(const Problem& problem, int64_t columns, void* m2,
                  double* group_sums);
-  // A block of dx. With `stream` it is written around the caches, for which
-  // every row of dx and the block's first column must start at a multiple of 64
-  // bytes.
+  // A block of dx. With `stream` it is written around the caches, for which the
+  // rows of dx must be a multiple of 64 bytes apart.
   void (*gradient)(const Problem& problem, const GradientArguments& arguments,
                    const Block& block, bool stream);
   // A block of dx of an epilogue, whose first row is a multiple of kSumRows.

@@ -18,7 +18,7 @@ BUILD_OPTIONS := $(VENV)/.build-options
 SOURCES := $(shell find lbe_ops cc cuda -type f -not -name '*.py[co]' \
              -not -name '*.so' 2>/dev/null) \
            CMakeLists.txt setup.py MANIFEST.in README.md LICENSE
-CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.cc cuda/*.cu cuda/*.cuh tests/*.h tests/*.cc)
+CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.cc cuda/*.cu cuda/*.cuh tests/*.h tests/*.cc benchmarks/*.c)
 
 .PHONY: help demo test test-keras build bench bench-training test-gpu bench-gpu evidence-gpu lint format sanitize clean
 .NOTPARALLEL:

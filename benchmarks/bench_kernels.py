@@ -21,7 +21,7 @@ from typing import Any
 import lbe_ops_numpy
 import numpy as np
 import report
-from machine import Streams, describe
+from machine import Streams, aligned, describe
 from rounds import round_robin
 from shapes import parse_shape
 
@@ -33,15 +33,6 @@ LEAST_SHARE = 0.85
 LARGE_BYTES = 16 * 2**20
 
 Call = Callable[[], object]
-
-
-def aligned(array: np.ndarray) -> np.ndarray:
-    """A copy that starts at a line of the caches, as TensorFlow's memory does."""
-    memory = np.empty(array.nbytes + 64, np.uint8)
-    first = -memory.ctypes.data % 64
-    copy = memory[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
 
 
 def kernel_calls(x: np.ndarray, threads: int) -> dict[str, tuple[Call, int, str]]:

@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
+import functools
 import os
 import pathlib
 import platform
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 
 import numpy as np
@@ -47,12 +52,46 @@ def _caches() -> dict[str, str]:
     return caches
 
 
-class Streams:
-    """Plain reads and copies by NumPy, with a number of threads.
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy that starts at a line of the caches, as TensorFlow's memory does."""
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    first = -memory.ctypes.data % 64
+    copy = memory[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
-    What a kernel can reach at best: `read` is NumPy's maximum, which keeps up with
-    the memory, `copy` its assignment, `triad` reads two arrays and writes a third.
+
+@functools.cache
+def _compiled_streams() -> ctypes.CDLL:
+    """streams.c, by the compiler that builds the package, too."""
+    compiler = os.environ.get("CC", "cc")
+    source = pathlib.Path(__file__).with_name("streams.c")
+    with tempfile.TemporaryDirectory() as folder:
+        library = pathlib.Path(folder) / "streams.so"
+        command = [compiler, "-O3", "-shared", "-fPIC", source, "-o", library]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            sys.exit(f"error: plain reads and copies need a C compiler: {error}")
+        if done.returncode != 0:
+            sys.exit(f"error: {compiler} does not compile {source}: {done.stderr}")
+        loaded = ctypes.CDLL(os.fspath(library))
+    pointer, count, flag = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    loaded.stream_read.argtypes = [pointer, count]
+    loaded.stream_copy.argtypes = [pointer, pointer, count, flag]
+    loaded.stream_triad.argtypes = [pointer, pointer, pointer, count, flag]
+    return loaded
+
+
+class Streams:
+    """Plain reads and copies, with a number of threads.
+
+    What a kernel can reach at best: `read` reads an array, `copy` reads one and writes
+    another, `triad` reads two and writes a third. From 16 MB up they write around the
+    caches, as the kernels do.
     """
+
+    AROUND_BYTES = 16 * 2**20
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
@@ -60,19 +99,30 @@ class Streams:
 
     def calls(self, size: int) -> dict[str, tuple[Call, int]]:
         """For arrays of `size` bytes: a call of each kind, and the bytes it moves."""
-        source, other, target = (
-            np.array_split(np.ones(max(size // 4, 1), np.float32), self._threads)
-            for _ in range(3)
-        )
+        streams = _compiled_streams()
+        count = max(size // 4 // self._threads // 16, 1) * 16
+        total = 4 * count * self._threads
+        arrays = [aligned(np.ones((self._threads, count), np.float32)) for _ in "xyz"]
+        x, y, to = ([row.ctypes.data for row in array] for array in arrays)
+        around = int(total > self.AROUND_BYTES)
 
         def each(work: Callable[[int], object]) -> Call:
-            return lambda: list(self._pool.map(work, range(self._threads)))
+            def call() -> object:
+                if self._threads == 1:
+                    return work(0)
+                return list(self._pool.map(work, range(self._threads)))
+
+            call.arrays = arrays  # alive as long as the call
+            return call
 
         return {
-            "read": (each(lambda i: source[i].max(initial=0)), size),
-            "copy": (each(lambda i: np.copyto(target[i], source[i])), 2 * size),
+            "read": (each(lambda i: streams.stream_read(x[i], count)), total),
+            "copy": (
+                each(lambda i: streams.stream_copy(x[i], to[i], count, around)),
+                2 * total,
+            ),
             "triad": (
-                each(lambda i: np.add(source[i], other[i], out=target[i])),
-                3 * size,
+                each(lambda i: streams.stream_triad(x[i], y[i], to[i], count, around)),
+                3 * total,
             ),
         }

@@ -31,10 +31,10 @@ enum class Activation {
 };
 
 // Whether an activation takes a few instructions, and not an exponential.
-constexpr bool IsCheap(Activation activation) {
-  return activation == Activation::kLinear || activation == Activation::kRelu ||
-         activation == Activation::kLeakyRelu;
-}
+template <Activation kActivation>
+constexpr bool kIsCheap =
+    kActivation == Activation::kLinear || kActivation == Activation::kRelu ||
+    kActivation == Activation::kLeakyRelu;
 
 // Klambauer et al., "Self-Normalizing Neural Networks", 2017.
 constexpr double kSeluAlpha = 1.6732632423543772848170429916717;
@@ -61,13 +61,16 @@ struct ExpOf<double> {
   static constexpr double kShifter = 6755399441055744;  // 1.5 * 2^52
 };
 
-constexpr double Factorial(int n) { return n <= 1 ? 1 : n * Factorial(n - 1); }
+template <int n>
+constexpr double kFactorial = n * kFactorial<n - 1>;
+template <>
+constexpr double kFactorial<0> = 1;
 
 // sum_{n >= kTerm} r^(n - kTerm) / n!, by Horner's scheme: a multiplication and
 // an addition a term.
 template <typename Scalar, int kTerm, typename V>
 LBE_MATH V ExpSeries(const V& r) {
-  constexpr Scalar kCoefficient = static_cast<Scalar>(1 / Factorial(kTerm));
+  constexpr Scalar kCoefficient = static_cast<Scalar>(1 / kFactorial<kTerm>);
   if constexpr (kTerm == ExpOf<Scalar>::kTerms) {
     return V{} + kCoefficient;
   } else {

@@ -151,9 +151,9 @@ const char* CpuSimdLevel();
 
 // The same on a GPU, in libraries that are built with CUDA (LBE_CUDA is then
 // defined). Pointers are to memory of the current device, `stream` is one of
-// its streams (a cudaStream_t). Nothing but launches on that stream: no
-// allocation, no synchronisation, so that calls can be captured in a CUDA
-// graph. Returns a cudaError_t: 0, or what CudaErrorMessage explains.
+// its streams (a cudaStream_t). Nothing but launches and a memset on that
+// stream: no allocation, no synchronisation, so that calls can be captured in a
+// CUDA graph. Returns a cudaError_t: 0, or what CudaErrorMessage explains.
 //
 // Results are those of the CPU, bit for bit. `blocks` is how many blocks of
 // threads to aim for, 0 for as many as suit an H100; results never depend on

@@ -129,8 +129,7 @@ elseif(LBE_CUDA)
     # A sixth of the size. Older toolkits serve drivers that cannot unpack this.
     set(pack --compress-mode=size)
   endif()
-  # The constants of the headers are made by constexpr functions.
-  set(cuda_flags -ftz=true -fmad=false --expt-relaxed-constexpr
+  set(cuda_flags -ftz=true -fmad=false
       -Xcompiler=-ffp-contract=off --threads=0 ${pack}
       $<$<BOOL:${LBE_CUDA_REPORT}>:-Xptxas=-v>)
   target_compile_options(cuda_kernels PRIVATE

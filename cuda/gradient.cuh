@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads,
       const auto write = [&](auto activation) {
         constexpr Activation kActivation = decltype(activation)::value;
         constexpr bool kUnrolled =
-            !kEpilogue || (kPieces == 1 && IsCheap(kActivation));
+            !kEpilogue || (kPieces == 1 && kIsCheap<kActivation>);
         constexpr int kUnroll = kUnrolled ? kBatch : 1;
         ForEachRow<kUnroll>(batch, [&](int r, Row* words) {
           if (row + r * step >= rows) return;

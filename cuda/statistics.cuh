@@ -389,7 +389,7 @@ class Maker {
     WithActivation(epilogue_.activation, [&](auto activation) {
       constexpr Activation kActivation = decltype(activation)::value;
       constexpr bool kUnrolled =
-          kVector == kColumns<Element> && IsCheap(kActivation);
+          kVector == kColumns<Element> && kIsCheap<kActivation>;
       constexpr int kUnroll = kUnrolled ? kLeafRows : 1;
       ForEachRow<kUnroll>(values, [&](int r, PieceWords* row) {
         if (r >= rows) return;

@@ -789,7 +789,7 @@ int Main() {
     Test<double, double>(DType::kFloat64, c);
   }
   // Splits that are merged in two levels.
-  Test<float, float>(DType::kFloat32, {1090, 66, 1 << 20, 0});
+  Test<float, float>(DType::kFloat32, {1090, 66, 17, 0});
   // Six channels side by side, with several sums each.
   TestEpilogue<float, float>(DType::kFloat32, {70, 66, 9, 0}, Activation::kRelu,
                              6);

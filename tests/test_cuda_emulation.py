@@ -6,6 +6,7 @@ epilogue's with the CPU's. Here it runs with and without sanitizers, and on kern
 planted faults, each of which it must find.
 """
 
+import concurrent.futures
 import os
 import pathlib
 import shutil
@@ -16,10 +17,17 @@ import pytest
 TESTS = pathlib.Path(__file__).resolve().parent
 KERNELS = TESTS.parent / "cuda"
 
-SANITIZERS = {
+# Of the kernels as they are; with sanitizers fewer of them, and fewer cases.
+CLEAN = {
     "none": ["-O2"],
-    "address": ["-O1", "-g1", "-fsanitize=address,undefined"],
-    "thread": ["-O1", "-g1", "-fsanitize=thread"],
+    "address": ["-DLBE_QUICK", "-O0", "-g1", "-fsanitize=address,undefined"],
+    "thread": ["-DLBE_QUICK", "-O1", "-g1", "-fsanitize=thread"],
+}
+# Of those with a planted fault: what is compiled fastest.
+FAULTY = {
+    "none": ["-DLBE_QUICK", "-O0"],
+    "address": ["-DLBE_QUICK", "-O0", "-g1", "-fsanitize=address"],
+    "thread": ["-DLBE_QUICK", "-O0", "-g1", "-fsanitize=thread"],
 }
 
 
@@ -33,10 +41,8 @@ def compile_cxx(*arguments: object) -> None:
     assert built.returncode == 0, built.stderr
 
 
-@pytest.fixture(scope="module")
-def cpu_kernels(tmp_path_factory) -> list[pathlib.Path]:
+def compile_cpu_kernels(folder: pathlib.Path) -> list[pathlib.Path]:
     """The CPU kernels, compiled for any processor."""
-    folder = tmp_path_factory.mktemp("cpu_kernels")
     names = ["cpu_loops", "cpu_launch"]
     for name in names:
         source = TESTS.parent / "cc" / f"{name}.cc"
@@ -45,36 +51,62 @@ def cpu_kernels(tmp_path_factory) -> list[pathlib.Path]:
     return [folder / f"{name}.o" for name in names]
 
 
-def build(
-    cuda: pathlib.Path,
-    sanitizer: str,
-    cpu_kernels: list[pathlib.Path],
-    folder: pathlib.Path,
-    quick: bool,
-) -> pathlib.Path:
-    program = folder / f"cuda_emulation_test_{sanitizer}"
+def build_and_run(
+    cuda: pathlib.Path, options: list[str], cpu_kernels: list[pathlib.Path]
+) -> subprocess.CompletedProcess:
+    """The emulated kernels of a folder against the definition and the CPU's."""
+    program = cuda / "cuda_emulation_test"
     compile_cxx(
-        *("-Wno-unknown-pragmas", "-fno-strict-aliasing"),
-        *("-fno-sanitize-recover=all", *SANITIZERS[sanitizer]),
-        *(f"-I{TESTS}", "-DLBE_CUDA", f'-DLBE_CUDA_SOURCE="{cuda}/launch.cu"'),
+        *("-Wno-unknown-pragmas", "-Wno-switch", "-fno-strict-aliasing"),
+        *("-fno-sanitize-recover=all", *options, f"-I{TESTS}", "-DLBE_CUDA"),
+        f'-DLBE_CUDA_SOURCE="{cuda}/launch.cu"',
         f'-DLBE_CUDA_SYSTEM_SOURCE="{cuda}/cuda_system.cc"',
-        *(["-DLBE_QUICK", "-Wno-switch"] if quick else []),
         *(TESTS / "cuda_emulation_test.cc", *cpu_kernels, "-o", program),
     )
-    return program
-
-
-def run(program: pathlib.Path) -> subprocess.CompletedProcess:
     env = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
     return subprocess.run(
-        [program], env=env, capture_output=True, text=True, timeout=600
+        [program], env=env, capture_output=True, text=True, timeout=900
     )
 
 
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_the_kernels_compute_the_tree_bit_for_bit(sanitizer, cpu_kernels, tmp_path):
-    quick = sanitizer != "none"
-    done = run(build(KERNELS, sanitizer, cpu_kernels, tmp_path, quick))
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory):
+    """Of every program that a selected test is about, as many at a time as there are
+    cores: a future of its run."""
+    cpu_kernels = compile_cpu_kernels(tmp_path_factory.mktemp("cpu_kernels"))
+    selected = {
+        name
+        for item in request.session.items
+        if item.path == request.path
+        for name in item.callspec.params.values()
+    }
+
+    def outcome(name: str) -> subprocess.CompletedProcess:
+        folder = tmp_path_factory.mktemp("cuda")
+        if name in CLEAN:
+            shutil.copytree(KERNELS, folder, dirs_exist_ok=True)
+            return build_and_run(folder, CLEAN[name], cpu_kernels)
+        old, new, (sanitizer, _) = FAULTS[name]
+        found = 0
+        for path in KERNELS.iterdir():
+            text = path.read_text()
+            found += text.count(old)
+            (folder / path.name).write_text(text.replace(old, new))
+        assert found == 1, "the kernels have changed: plant it anew"
+        return build_and_run(folder, FAULTY[sanitizer], cpu_kernels)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {
+            name: pool.submit(outcome, name)
+            for name in [*CLEAN, *FAULTS]
+            if name in selected
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("sanitizer", CLEAN)
+def test_the_kernels_compute_the_tree_bit_for_bit(sanitizer, outcomes):
+    done = outcomes[sanitizer].result()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 failed" in done.stdout
 
@@ -245,16 +277,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found(fault, cpu_kernels, tmp_path):
-    old, new, (sanitizer, message) = FAULTS[fault]
-    faulty = tmp_path / "cuda"
-    shutil.copytree(KERNELS, faulty)
-    texts = {path: path.read_text() for path in faulty.iterdir()}
-    assert sum(text.count(old) for text in texts.values()) == 1, (
-        "the kernels have changed: plant it anew"
-    )
-    for path, text in texts.items():
-        path.write_text(text.replace(old, new))
-    done = run(build(faulty, sanitizer, cpu_kernels, tmp_path, quick=True))
+def test_a_planted_fault_is_found(fault, outcomes):
+    _, _, (_, message) = FAULTS[fault]
+    done = outcomes[fault].result()
     assert done.returncode != 0
     assert message in done.stdout + done.stderr

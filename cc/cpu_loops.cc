@@ -35,11 +35,17 @@ struct Loops {
   // Columns of a leaf that are worked on at once: what is made of them stays in
   // the first cache.
   static constexpr int64_t kSegment = 1024 / sizeof(Scalar);
-  // How far behind the reading of contiguous rows what is fetched begins.
+  // How far in front of the reading of contiguous rows the fetching begins, at
+  // least: nearer, and memory does not answer in time.
   static constexpr int64_t kAheadBytes = 64 << 10;
+  // Activations of so many bytes lie in the second cache, as a rule: something
+  // has just made them.
   static constexpr int64_t kCachedBytes = 1 << 20;
+  // Columns of which a gradient's constants stay in the first cache; see
+  // IsRowByRow.
   static constexpr int64_t kRowByRow = 8192 / sizeof(Scalar);
-  // Rows so short that this many leaves of them fit into the first cache.
+  // Rows are short if kShortRowLeaves leaves of them fit into the first cache.
+  // These are then worked on at a time, which saves most of the calls.
   static constexpr int64_t kShortRowBytes = 512;
   static constexpr int kShortRowLevel = 3;
   static constexpr int64_t kShortRowLeaves = 1 << kShortRowLevel;
@@ -262,6 +268,7 @@ struct Loops {
     }
   }
 
+  // A block is read leaf by leaf, and a leaf segment by segment.
   static void MomentsOf(const Problem& problem,
                         const ForwardArguments& arguments, const Block& block,
                         void* mean, void* m2) {
@@ -283,8 +290,6 @@ struct Loops {
       return elements * static_cast<int64_t>(sizeof(Element));
     };
     const bool contiguous = columns == units;
-    // What is so small lies in the second cache, as a rule: something has just
-    // made it.
     const bool fetches = bytes(problem.rows * units) > kCachedBytes;
     const int64_t ahead =
         std::max<int64_t>(kAheadBytes - bytes(kLeafRows * units), 0);
@@ -300,8 +305,6 @@ struct Loops {
     Node<2 * kSegment> node;
     // The last segment has what is left of fewer than kSegment columns besides.
     const int64_t segments = std::max<int64_t>(1, columns / kSegment);
-    // Short rows are worked on four leaves at a time, as long as there are
-    // four.
     const bool short_rows =
         contiguous && columns >= kLanes && bytes(columns) <= kShortRowBytes;
     int64_t leaves = 1;
@@ -544,8 +547,8 @@ struct Loops {
         static_cast<Element*>(arguments.dx) + first);
   }
 
-  // kRows rows of dx = activation'(y) * (dy + the entropy's gradient), and
-  // their sum, one by one, added to `sums` unless that is null.
+  // kRows rows of dx = activation'(y) * (dy + the entropy's gradient), each of
+  // which is added to `sums`, one after the other.
   template <Activation kActivation, bool kSums, int kRows>
   static void EpilogueGradientRows(const Element* dy, const Element* y,
                                    Element* dx, int64_t stride, int64_t columns,

@@ -126,7 +126,7 @@ struct GradientArguments {
 // body(argument) at least once and at most `workers` times, each on a thread of
 // its own where that is possible, and returns when all have returned. `threads`
 // is the most workers that a kernel asks for. Results never depend on it.
-// Kernels use up to 400 KB of each thread's stack.
+// Kernels use up to 800 KB of each thread's stack.
 struct Parallel {
   int threads;
   void* pool;

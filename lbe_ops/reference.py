@@ -53,28 +53,16 @@ def moments(x: tf.Tensor, ddof: int) -> tuple[tf.Tensor, tf.Tensor]:
     Two passes, `M2 / (N - ddof)` with `M2 = sum_n (x_n - mean)^2`. Where `N <= ddof`
     the divisor is 1, so that the variance is 0 and not NaN.
     """
-    mean, difference = _mean_and_difference(x)
-    return mean, _mean_square(difference, ddof)
-
-
-def _mean_and_difference(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     x = tf.cast(x, result_dtype(x.dtype))
+    n = tf.cast(tf.shape(x, out_type=tf.int64)[0], x.dtype)
     # Relative to the first sample, so that a unit that does not vary has a variance of
     # exactly 0: the sum of N equal numbers, divided by N, may be another number. The
     # mean does not depend on what it is relative to, and neither does its gradient.
     first = tf.stop_gradient(x[:1])
     total = tf.reduce_sum(x - first, axis=0)
-    mean = tf.reduce_sum(first, axis=0) + total / tf.maximum(_rows(x), 1)
-    return mean, x - mean
-
-
-def _mean_square(difference: tf.Tensor, ddof: int) -> tf.Tensor:
-    m2 = tf.reduce_sum(tf.square(difference), axis=0)
-    return m2 / tf.maximum(_rows(difference) - ddof, 1)
-
-
-def _rows(x: tf.Tensor) -> tf.Tensor:
-    return tf.cast(tf.shape(x, out_type=tf.int64)[0], x.dtype)
+    mean = tf.reduce_sum(first, axis=0) + total / tf.maximum(n, 1)
+    m2 = tf.reduce_sum(tf.square(x - mean), axis=0)
+    return mean, m2 / tf.maximum(n - ddof, 1)
 
 
 def unit_entropy(variance: tf.Tensor, scale: float, offset: float) -> tf.Tensor:
@@ -88,41 +76,10 @@ def unit_entropy(variance: tf.Tensor, scale: float, offset: float) -> tf.Tensor:
     return 0.5 * tf.math.log(scale * variance)
 
 
-# The first sample's deviation above which a unit's deviations are made smaller, and how
-# much smaller.
-_FAR, _SHRINK = 2.0**30, 2.0**-20
-
-
-def _entropies(
-    x: tf.Tensor,
-    ddof: int,
-    scale: float,
-    offset: float,
-    enough: tf.Tensor | bool = True,
-) -> tf.Tensor:
-    """`unit_entropy` of each unit of x, with a gradient that does not underflow.
-
-    TensorFlow multiplies the factors of a gradient from the entropy back to x. For
-    activations of 1e18 the product of the first ones, `1 / (U (N - ddof) v)`, is too
-    small for float32, and the gradient is not: so the deviations of such a unit are
-    divided by a constant first, and its logarithm is added. Then the entropy is that of
-    a smaller unit with a smaller offset. Where x has not `enough` samples or units,
-    nothing counts.
-    """
-    _, difference = _mean_and_difference(x)
-    far = tf.reduce_any(tf.abs(difference[:1]) > _FAR, axis=0)
-    shrink = tf.where(far, tf.constant(_SHRINK, difference.dtype), 1)
-    variance = _mean_square(difference * shrink, ddof)
-    # Finite, as their gradients must be, where they do not count: log(0) is not.
-    counts = tf.logical_and(enough, ~far)
-    near = unit_entropy(tf.where(counts, variance, 1), scale, offset)
-    small = tf.where(far, scale * variance + offset * _SHRINK**2, 1)
-    return tf.where(far, 0.5 * tf.math.log(small) - math.log(_SHRINK), near)
-
-
 def batch_entropy(x: tf.Tensor, *, ddof: int, scale: float, offset: float) -> tf.Tensor:
     """`mean_u 1/2 ln(scale * v_u + offset)`; see `lbe_ops.batch_entropy`."""
-    return tf.reduce_mean(_entropies(check_sizes(x), ddof, scale, offset))
+    x = check_sizes(x)
+    return tf.reduce_mean(unit_entropy(moments(x, ddof)[1], scale, offset))
 
 
 def batch_entropy_or_zero(
@@ -132,12 +89,15 @@ def batch_entropy_or_zero(
     shape = tf.shape(x, out_type=tf.int64)
     enough = (shape[0] >= 2) & (tf.reduce_prod(shape[1:]) >= 1)
     # Not even a NaN in a sample that does not count may reach the gradient.
-    x = tf.where(enough, x, tf.zeros_like(x))
-    entropies = _entropies(x, ddof, scale, offset, enough)
+    variance = moments(tf.where(enough, x, tf.zeros_like(x)), ddof)[1]
+    # Both branches must be finite for their gradients to be: log(0) and the mean
+    # of no units are not.
+    safe = tf.where(enough, variance, tf.ones_like(variance))
     entropy = tf.math.divide_no_nan(
-        tf.reduce_sum(entropies), tf.cast(tf.size(entropies), entropies.dtype)
+        tf.reduce_sum(unit_entropy(safe, scale, offset)),
+        tf.cast(tf.size(variance), variance.dtype),
     )
-    return tf.where(enough, entropy, 0), tf.cast(enough, entropies.dtype)
+    return tf.where(enough, entropy, 0), tf.cast(enough, variance.dtype)
 
 
 def unit_statistics(

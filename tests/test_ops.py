@@ -205,6 +205,8 @@ def test_the_gradient_of_huge_and_tiny_activations(path, dtype, size, offset, rn
     """dx of 1e-22, whose factors times each other float32 cannot hold."""
     if dtype == "float16":
         pytest.skip("float16 holds no such numbers")
+    if size > 1 and not path.native and dtype != "float64":
+        pytest.skip("TensorFlow multiplies the factors of a gradient: see Limits")
     x, exact = tensor(rng.normal(scale=size, size=(100, 50)), dtype)
     entropy, grad = value_and_grad(path, x, offset=offset)
     # Logarithms of 40 are added, and the float32 squares of 1e-15 are tiny.
@@ -218,6 +220,8 @@ def test_the_gradient_of_huge_and_tiny_activations(path, dtype, size, offset, rn
 
 @pytest.mark.parametrize("activation", ["linear", "relu"])
 def test_the_gradient_of_an_epilogue_of_huge_activations(path, activation, rng):
+    if not path.native:
+        pytest.skip("TensorFlow multiplies the factors of a gradient: see Limits")
     x, exact = tensor(rng.normal(scale=1e18, size=(100, 50)), "float32")
 
     def function(x):

@@ -139,8 +139,7 @@ ForwardCut CutForward(const Problem& problem, int threads) {
       rows * units * LoopsFor(problem.dtype).element_bytes < kSerialBytes;
   const int64_t wanted = serial ? 1 : threads * kPartsPerThread;
   // Long pieces of rows are read fastest: cut the rows first, then the columns.
-  int64_t tile =
-      std::min(kTile - kGroupUnits, CeilDiv(units, kGroupUnits) * kGroupUnits);
+  int64_t tile = std::min(kTile, CeilDiv(units, kGroupUnits) * kGroupUnits);
   int64_t part = kPartRows;
   while (part > kMinPartRows &&
          TilesOf(units, tile) * CeilDiv(rows, part) < wanted) {
@@ -205,12 +204,6 @@ int64_t SumsOf(const Problem& problem) {
   return CeilDiv(problem.rows, kSumRows) * problem.units;
 }
 
-bool ChangesNothing(const ForwardArguments& arguments) {
-  return arguments.y == arguments.x &&
-         arguments.epilogue->activation == Activation::kLinear &&
-         arguments.epilogue->bias == nullptr;
-}
-
 void EpilogueGradient(const Parallel& parallel, const Problem& problem,
                       const GradientArguments& arguments) {
   const CpuLoops& loops = LoopsFor(problem.dtype);
@@ -253,9 +246,7 @@ int64_t ForwardCpuWorkspace(const Problem& problem, int threads) {
 void ForwardCpu(const Parallel& parallel, const Problem& problem,
                 const ForwardArguments& given) {
   ForwardArguments arguments = given;
-  if (given.epilogue != nullptr && ChangesNothing(given)) {
-    arguments.epilogue = nullptr;
-  }
+  if (!MakesY(given)) arguments.epilogue = nullptr;
   const CpuLoops& loops = LoopsFor(problem.dtype);
   const int64_t rows = problem.rows, units = problem.units;
   const ForwardCut cut = CutForward(problem, parallel.threads);

@@ -104,6 +104,15 @@ struct ForwardArguments {
   void* valid = nullptr;     // scalar that becomes 1, or null
 };
 
+// Whether there is something to make of x: not without an epilogue, and not
+// with one that leaves x as it is, where it is.
+inline bool MakesY(const ForwardArguments& arguments) {
+  const Epilogue* const epilogue = arguments.epilogue;
+  return epilogue != nullptr && (arguments.y != arguments.x ||
+                                 epilogue->activation != Activation::kLinear ||
+                                 epilogue->bias != nullptr);
+}
+
 // The arguments of a gradient. Without an epilogue, dx is that of
 //   entropy_grad * entropy + sum_u(mean_grad * mean + variance_grad * variance)
 // and with one, dx = activation'(x) * (dy + the gradient of entropy_grad *

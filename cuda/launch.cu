@@ -195,15 +195,11 @@ int Forward(cudaStream_t stream, const Problem& problem,
     if (error != cudaSuccess) return error;
   }
   DeviceEpilogue<Element> epilogue = {};
-  if (const Epilogue* given = arguments.epilogue) {
-    const bool nothing_to_make = arguments.y == arguments.x &&
-                                 given->activation == Activation::kLinear &&
-                                 given->bias == nullptr;
-    if (!nothing_to_make) {
-      epilogue = {static_cast<Element*>(arguments.y),
-                  static_cast<const Element*>(given->bias), given->channels,
-                  given->activation, static_cast<Scalar>(given->slope)};
-    }
+  if (MakesY(arguments)) {
+    const Epilogue& given = *arguments.epilogue;
+    epilogue = {static_cast<Element*>(arguments.y),
+                static_cast<const Element*>(given.bias), given.channels,
+                given.activation, static_cast<Scalar>(given.slope)};
   }
   const Element* x = static_cast<const Element*>(arguments.x);
   const unsigned grid = static_cast<unsigned>(cut.tiles * cut.splits);

@@ -85,10 +85,13 @@ def tapped(
     **epilogue: Any,
 ) -> tf.Tensor:
     """The epilogue of z (z itself without more arguments), its entropy reported."""
-    y, entropy, valid = ops.epilogue(
-        z, **epilogue, **regularizer.formula, native=regularizer.native
-    )
-    recording.report(regularizer, y, entropy, valid, layer)
+    arguments = {**epilogue, **regularizer.formula, "native": regularizer.native}
+    if recording.synchronized:
+        y, moments = ops.epilogue_moments(z, **arguments)
+        recording.report(regularizer, y, layer, moments=moments)
+    else:
+        y, entropy, valid = ops.epilogue(z, **arguments)
+        recording.report(regularizer, y, layer, entropy=entropy, valid=valid)
     return y
 
 

@@ -18,41 +18,47 @@ from lbe_ops.native import load
 
 def batch_entropy(
     x: tf.Tensor,
-    outputs: Any,
+    statistics: Sequence[tf.Tensor],
     entropy_grad: tf.Tensor,
-    statistics_grads: Sequence[tf.Tensor],
+    statistics_grads: Sequence[tf.Tensor] = (),
     **attributes: Any,
 ) -> tf.Tensor:
     """The gradient with respect to x, by the native op.
 
     Args:
         x: the op's input.
-        outputs: what the op returned.
+        statistics: mean and variance. Where x is a shard of a batch, those of the
+            batch, and how many samples that has.
         entropy_grad: of the entropy.
         statistics_grads: of mean and variance; empty where nobody sees these.
         **attributes: those of the op: ddof, scale, offset.
     """
-    _, mean, variance, _ = outputs
+    mean, variance, *count = statistics
     return load().ops.lbe_batch_entropy_grad(
-        x, mean, variance, entropy_grad, statistics_grads, **attributes
+        x, mean, variance, entropy_grad, list(statistics_grads), count, **attributes
     )
 
 
 def epilogue(
-    outputs: Any, dy: tf.Tensor, entropy_grad: tf.Tensor, **attributes: Any
+    y: tf.Tensor,
+    statistics: Sequence[tf.Tensor],
+    dy: tf.Tensor,
+    entropy_grad: tf.Tensor,
+    **attributes: Any,
 ) -> list[tf.Tensor]:
     """The gradients with respect to z and, if there is one, the bias.
 
     Args:
-        outputs: what the op returned.
+        y: what the op returned.
+        statistics: of y, as above.
         dy, entropy_grad: of y and of the entropy.
         **attributes: those of the op: activation, slope, ddof, scale, offset, and
             the number of biases.
     """
-    y, _, mean, variance, _ = outputs
+    mean, variance, *count = statistics
     entropy_grads, index = _vector_of(entropy_grad)
     dz, dbias = load().ops.lbe_epilogue_grad(
-        dy, y, mean, variance, entropy_grads, index=index, **attributes
+        dy, y, mean, variance, entropy_grads, count, index=index, **attributes
     )
     return [dz, *dbias]
 
@@ -95,7 +101,7 @@ def _batch_entropy_grad(
     flows = op.get_attr("statistics_grad")
     return batch_entropy(
         op.inputs[0],
-        op.outputs,
+        op.outputs[1:3],
         entropy_grad,
         [mean_grad, variance_grad] if flows else [],
         **{name: op.get_attr(name) for name in ("ddof", "scale", "offset")},
@@ -136,7 +142,7 @@ def _epilogue_grad(
     op: tf.Operation, dy: tf.Tensor, entropy_grad: tf.Tensor, *_: tf.Tensor
 ) -> list[tf.Tensor]:
     attributes = {name: op.get_attr(name) for name in _EPILOGUE_ATTRIBUTES}
-    return epilogue(op.outputs, dy, entropy_grad, **attributes)
+    return epilogue(op.outputs[0], op.outputs[2:4], dy, entropy_grad, **attributes)
 
 
 @_register("LBE>EpilogueGrad")

@@ -120,6 +120,8 @@ def call_with_gradient(
     inputs: list[tf.Tensor],
     differentiable: tuple[str, ...],
     gradient: Callable[..., list[tf.Tensor]],
+    *,
+    registered: bool = True,
 ) -> Any:
     """The outputs of an op; gradient tapes know those that have a gradient only.
 
@@ -128,20 +130,27 @@ def call_with_gradient(
     (a `Dense_LBE` in a step of Adam: 90 for 87). `tensorflow.python.eager.record` tells
     the tape what to do instead. Without it, in functions that are differentiated as a
     whole, and in forward mode (`forwardprop_util`), TensorFlow takes the op and its
-    registered gradient, which are the same but for these zeros.
+    registered gradient, which are the same but for these zeros; or
+    `tf.custom_gradient`, with two more nodes, where there is no registered one.
 
     Args:
         call: calls the op, and returns its outputs as a named tuple.
         inputs: what the gradient is with respect to.
         differentiable: the names of the outputs that have a gradient.
         gradient: of (the outputs, the gradients of these), for each of the inputs.
+        registered: whether the op has that gradient by itself as well.
     """
     record = _module("tensorflow.python.eager.record")
     forwardprop = _module("tensorflow.python.eager.forwardprop_util")
-    if record is None or forwardprop is None:
+    private = not (
+        record is None
+        or forwardprop is None
+        or forwardprop.pack_tangents(inputs).tangents
+    )
+    if registered and not private:
         return call()
-    if forwardprop.pack_tangents(inputs).tangents:
-        return call()
+    if not registered and not (private and record.could_possibly_record()):
+        return _with_custom_gradient(call, inputs, differentiable, gradient)
     with record.stop_recording():
         outputs = call()
     record.record_operation(
@@ -151,6 +160,70 @@ def call_with_gradient(
         functools.partial(gradient, outputs),
     )
     return outputs
+
+
+def _with_custom_gradient(
+    call: Callable[[], Any],
+    inputs: list[tf.Tensor],
+    differentiable: tuple[str, ...],
+    gradient: Callable[..., list[tf.Tensor]],
+) -> Any:
+    outputs = None
+
+    @tf.custom_gradient
+    def function(*_: tf.Tensor) -> Any:
+        nonlocal outputs
+        outputs = call()
+        values = tuple(getattr(outputs, name) for name in differentiable)
+        return values, functools.partial(gradient, outputs)
+
+    values = function(*inputs)
+    return outputs._replace(**dict(zip(differentiable, values, strict=True)))
+
+
+class MultiWorkerTraining:
+    """Before `keras.Model` in a class: `fit` and `evaluate` on several machines.
+
+    Under a `MultiWorkerMirroredStrategy` of more than one worker Keras (3.15 and its
+    head of August 2026) takes the mean of a tuple, to find out the shape of a batch
+    (`_maybe_symbolic_build`), and then that of scalars over an axis that these do not
+    have, to reduce what a step returns (in `_make_function`). Nothing else is as it is
+    here under any other strategy. Without these names training on several machines
+    fails as it does with a plain Keras model.
+    """
+
+    def _maybe_symbolic_build(
+        self, iterator: Any = None, data_batch: Any = None
+    ) -> None:
+        if iterator is None or not has_several_workers(self.distribute_strategy):
+            super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
+            return
+        for _, _, batches in iterator:
+            data_batch = keras.tree.map_structure(
+                lambda x: self.distribute_strategy.experimental_local_results(x)[0],
+                next(batches),
+            )
+            break
+        super()._maybe_symbolic_build(data_batch=data_batch)
+
+    def _make_function(self, step_function: Callable[[Any], Any]) -> Any:
+        if not has_several_workers(self.distribute_strategy):
+            return super()._make_function(step_function)
+
+        def step(data: Any) -> Any:
+            return keras.tree.map_structure(
+                lambda value: tf.reshape(value, [1]), step_function(data)
+            )
+
+        return super()._make_function(step)
+
+
+def has_several_workers(strategy: tf.distribute.Strategy) -> bool:
+    """Whether a strategy trains in several processes."""
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return False
+    cluster = strategy.cluster_resolver.cluster_spec()
+    return sum(cluster.num_tasks(job) for job in cluster.jobs) > 1
 
 
 @functools.cache

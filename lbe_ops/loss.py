@@ -56,8 +56,8 @@ class LBELoss(keras.layers.Layer):
         name: of the layer.
 
     Attributes:
-        alphas: the weight `[L]`, float32; None before `adopt`, and where all alphas
-            belong to other models.
+        alphas: the weight `[L]`, float32 (float64 if all layers with LBE are float64);
+            None before `adopt`, and where all alphas belong to other models.
     """
 
     def __init__(
@@ -77,7 +77,8 @@ class LBELoss(keras.layers.Layer):
         if self.adopted:
             return
         self.adopted = True
-        regularizers = list(self._regularizers())
+        found = self._regularizers()
+        regularizers = list(found)
         scalars = [each for each in regularizers if each.lbe_alpha.index is None]
         own = [each for each in scalars if not each.lbe_alpha.in_a_graph]
         if len(own) < len(scalars):
@@ -92,12 +93,18 @@ class LBELoss(keras.layers.Layer):
         if not own:
             return
         first = [each.lbe_alpha.value_of_scalar() for each in own]
+        # TensorFlow's strategies add up gradients of one dtype only.
+        dtypes = {layer.variable_dtype for layers in found.values() for layer in layers}
+        dtype = "float64" if dtypes == {"float64"} else "float32"
         with tf.init_scope():
             self.alphas = self.add_weight(
                 name=ALPHA_NAME,
                 shape=(len(own),),
                 # Called when the scalars have their values, if they are new as well.
-                initializer=lambda shape, dtype: tf.stack([read() for read in first]),
+                initializer=lambda shape, dtype: tf.cast(
+                    tf.stack([read() for read in first]), dtype
+                ),
+                dtype=dtype,
                 autocast=False,
                 # All replicas have the same, and assign it in every step.
                 aggregation="only_first_replica",
@@ -160,7 +167,7 @@ class LBELoss(keras.layers.Layer):
         regularizers = [entry.regularizer for entry in entries]
         losses = lbe_losses(
             tf.stack([tf.cast(entry.entropy, dtype) for entry in entries]),
-            tf.cast(self._alphas_of(regularizers), dtype),
+            self._alphas_of(regularizers, dtype),
             [each.lbe_alpha_min for each in regularizers],
             [each.lbe_beta for each in regularizers],
         )
@@ -173,22 +180,26 @@ class LBELoss(keras.layers.Layer):
             )
         return losses
 
-    def _alphas_of(self, regularizers: list[LBERegularizer]) -> tf.Tensor:
+    def _alphas_of(
+        self, regularizers: list[LBERegularizer], dtype: tf.DType
+    ) -> tf.Tensor:
         """The present alphas of these regularizers, `[len(regularizers)]`."""
         kept = [each.lbe_alpha for each in regularizers]
         if self.alphas is not None and (
             [each.index for each in kept] == list(range(self.alphas.shape[0]))
             and all(each.variable is self.alphas for each in kept)
         ):
-            alphas = tf.convert_to_tensor(self.alphas.value)
+            alphas = tf.cast(self.alphas.value, dtype)
         else:
             # tf.gather would make the gradient sparse, which optimizers treat
             # otherwise.
             vectors = {id(a.variable): a.variable for a in kept if a.index is not None}
-            elements = {key: tf.unstack(v.value) for key, v in vectors.items()}
+            elements = {
+                key: tf.unstack(tf.cast(v.value, dtype)) for key, v in vectors.items()
+            }
             alphas = tf.stack(
                 [
-                    tf.convert_to_tensor(each.value)
+                    tf.cast(each.value, dtype)
                     if each.index is None
                     else elements[id(each.variable)][each.index]
                     for each in kept

@@ -22,6 +22,7 @@ import tensorflow as tf
 from lbe_ops import recorder
 from lbe_ops.fuse import fuse_layers
 from lbe_ops.keras_internals import (
+    MultiWorkerTraining,
     described_by_constructor,
     exclude_from_weight_decay,
     flatten_layers,
@@ -29,6 +30,7 @@ from lbe_ops.keras_internals import (
 from lbe_ops.loss import LBELoss, find_regularizers
 from lbe_ops.recorder import Recording
 from lbe_ops.regularizer import ALPHA_NAME, LBERegularizer, check_finite
+from lbe_ops.synchronized import replicas, synchronize
 
 # Whether `losses` is empty for now, so that Keras computes the compiled loss alone.
 _compiled_loss_alone: contextvars.ContextVar[bool] = contextvars.ContextVar(
@@ -36,7 +38,15 @@ _compiled_loss_alone: contextvars.ContextVar[bool] = contextvars.ContextVar(
 )
 
 
-_OWN_NAMES = {"lbe_fuse", "lbe_kept", "lbe_logs", "lbe_loss", "lbe_net"}
+_OWN_NAMES = {
+    "lbe_by_samples",
+    "lbe_fuse",
+    "lbe_kept",
+    "lbe_logs",
+    "lbe_loss",
+    "lbe_net",
+    "lbe_synchronized",
+}
 
 
 class LossLogs:
@@ -88,7 +98,7 @@ class _OfNet:
 
 
 @keras.saving.register_keras_serializable(package="lbe_ops")
-class LBEModel(keras.Model):
+class LBEModel(MultiWorkerTraining, keras.Model):
     """Trains with layerwise batch entropy (LBE), multiplied by the compiled loss.
 
     With `CE` the loss given to `compile` (any loss, with its weights and sample
@@ -132,6 +142,15 @@ class LBEModel(keras.Model):
         name: name of the model.
         fuse: whether plain `keras.layers.Dense` and `Conv2D` with an `LBERegularizer`
             end with the fused epilogue in training (see `lbe_ops.fuse`).
+        synchronized: whether entropies are those of the whole batch where a
+            `tf.distribute` strategy spreads it over replicas, and not those of each
+            replica's share (see `lbe_ops.synchronized`). The layers' outputs need a
+            known shape then, but for the batch. Without replicas it has no effect.
+        weigh_by_samples: whether the compiled loss of a replica then counts by its
+            samples. Keras takes the mean of the replicas' losses, whatever their
+            shares, as this model does by default. True makes a last batch that is not
+            shared evenly count as on one device; for a loss that is a mean over
+            samples, without `sample_weight` and masks.
         **kwargs: as for `keras.Model`.
 
     Attributes:
@@ -160,6 +179,8 @@ class LBEModel(keras.Model):
         name: str | None = None,
         *,
         fuse: bool = True,
+        synchronized: bool = True,
+        weigh_by_samples: bool = False,
         **kwargs: Any,
     ) -> None:
         check_finite("LBE_strength", LBE_strength, at_least=0)
@@ -168,6 +189,8 @@ class LBEModel(keras.Model):
         super().__init__(name=name, **kwargs)
         self.LBE_strength = float(LBE_strength)
         self.lbe_fuse = bool(fuse)
+        self.lbe_synchronized = bool(synchronized)
+        self.lbe_by_samples = bool(weigh_by_samples)
         self.lbe_logs = LossLogs()
         self.lbe_kept = recorder.KeptRecordings()
         net = None if inputs is None else keras.Model(inputs, outputs, name=self.name)
@@ -236,9 +259,13 @@ class LBEModel(keras.Model):
         if outer is not None and outer.is_forward_pass:
             return super().__call__(*args, **kwargs)  # the outermost makes the loss
         training = bool(kwargs.get("training"))
-        with recorder.forward_pass(self, training) as recording:
+        spread = self.lbe_synchronized and replicas() > 1
+        with recorder.forward_pass(self, training, spread) as recording:
             outputs = super().__call__(*args, **kwargs)
         self._adopt()
+        if outer is None and spread and recording.entries:
+            zero = tf.zeros(())
+            recording.entries, _ = synchronize(recording.entries, zero, zero)
         recording.close((args, kwargs), outputs, self.lbe_kept)
         if outer is None and recording.entries:
             # For the loss of a plain model around this one, or of a loop without
@@ -351,12 +378,17 @@ class LBEModel(keras.Model):
             ce = super().compute_loss(x, y, y_pred, sample_weight, training)
         if ce.dtype != tf.float64:
             ce = tf.cast(ce, tf.float32)
-        mean, maximum = self.lbe_loss.mean_and_max(entries, ce.dtype)
         batch = next(t for t in tf.nest.flatten((x, y_pred)) if t is not None)
         samples = tf.shape(batch)[0]
+        if any(entry.moments is not None for entry in entries):
+            entries, total = synchronize(
+                entries, ce, samples, by_samples=self.lbe_by_samples
+            )
+            ce = tf.cast(total, ce.dtype)
+        mean, maximum = self.lbe_loss.mean_and_max(entries, ce.dtype)
         # Keras has divided the loss by the number of replicas, which then add up.
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        full = ce * replicas
+        count = tf.distribute.get_strategy().num_replicas_in_sync
+        full = ce * count
         for metric, value in zip(
             self.lbe_logs.metrics, (full, mean * full, maximum * full), strict=True
         ):
@@ -366,8 +398,8 @@ class LBEModel(keras.Model):
             for loss in self.losses
             if not hasattr(loss, "_lbe_total")
         ]
-        if others and replicas > 1:
-            others = [tf.add_n(others) / replicas]
+        if others and count > 1:
+            others = [tf.add_n(others) / count]
         return tf.add_n([ce, self.LBE_strength * mean * ce, *others])
 
     @described_by_constructor
@@ -383,15 +415,23 @@ class LBEModel(keras.Model):
         own = {"LBE_strength": self.LBE_strength}
         if self.lbe_net is not None and _takes_inputs(parameters):
             config = {"net": keras.saving.serialize_keras_object(self.lbe_net)}
-            own |= {"name": self.name, "fuse": self.lbe_fuse}
+            own |= self._own_config()
         elif type(self).__init__ is LBEModel.__init__:
             config = {}
-            own |= {"name": self.name, "fuse": self.lbe_fuse}
+            own |= self._own_config()
         else:
             config = super().get_config()
         return {
             **config,
             **{n: value for n, value in own.items() if passes_on or n in parameters},
+        }
+
+    def _own_config(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "fuse": self.lbe_fuse,
+            "synchronized": self.lbe_synchronized,
+            "weigh_by_samples": self.lbe_by_samples,
         }
 
     @classmethod

@@ -115,8 +115,14 @@ def requested_mode(native: bool | None = None) -> bool | None:
     return bool(int(value)) if value else None
 
 
-def select(native: bool | None = None) -> types.ModuleType | None:
+def select(
+    native: bool | None = None, *, lowered: bool = True
+) -> types.ModuleType | None:
     """The module of native ops if they are to be used here, else None.
+
+    Args:
+        native: the mode, if the caller has one.
+        lowered: whether XLA knows the ops that are meant.
 
     Raises:
         NativeUnavailableError: the native op is required and cannot be used.
@@ -125,7 +131,7 @@ def select(native: bool | None = None) -> types.ModuleType | None:
     if mode is False:
         return None
     loaded = load()
-    reason = loaded.reason or _gpu_reason() or _unusable_here(loaded)
+    reason = loaded.reason or _gpu_reason() or _unusable_here(loaded, lowered)
     if not reason:
         return loaded.ops
     if mode:
@@ -163,13 +169,13 @@ def _gpu_problem(name: str) -> str:
     return problem
 
 
-def _unusable_here(loaded: Native) -> str:
+def _unusable_here(loaded: Native, lowered: bool) -> str:
     """Why a loaded library cannot serve the function being traced, or ''."""
-    if loaded.xla_reason and compiled_by_xla():
-        return (
-            "this function is compiled by XLA (jit_compile=True), and "
-            + loaded.xla_reason
-        )
+    reason = loaded.xla_reason
+    if not lowered:
+        reason = reason or "XLA knows no op of synchronised entropy."
+    if reason and compiled_by_xla():
+        return f"this function is compiled by XLA (jit_compile=True), and {reason}"
     return ""
 
 

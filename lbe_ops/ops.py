@@ -7,11 +7,12 @@ TensorFlow (`lbe_ops.reference`) with the same results where it cannot.
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from lbe_ops import gradients, reference
@@ -214,6 +215,198 @@ def epilogue(
     >>> epilogue(z, tf.constant([0.5]), activation="relu").y.numpy().ravel()
     array([0. , 2.5], dtype=float32)
     """
+    z, bias, slope, formula = _check_epilogue(
+        z, bias, activation, slope, ddof, scale, offset
+    )
+    ops = select(native)
+    if ops is None:
+        y = reference.activate(z, bias, activation, slope)
+        return EpilogueOutputs(y, *batch_entropy_or_zero(y, **formula, native=native))
+    biases = [] if bias is None else [bias]
+    attributes = {
+        "activation": activation,
+        "slope": repr(slope),
+        **_attributes(formula),
+    }
+
+    def gradient(outputs: Any, *grads: tf.Tensor) -> list[tf.Tensor]:
+        statistics = outputs.mean, outputs.variance
+        return gradients.epilogue(
+            outputs.y, statistics, *grads, biases=len(biases), **attributes
+        )
+
+    outputs = call_with_gradient(
+        lambda: ops.lbe_epilogue(
+            z, biases, result_type=reference.result_dtype(z.dtype), **attributes
+        ),
+        [z, *biases],
+        ("y", "entropy"),
+        gradient,
+    )
+    return EpilogueOutputs(outputs.y, outputs.entropy, outputs.valid)
+
+
+class Moments:
+    """Statistics of the samples of one replica, on their way to those of all.
+
+    Attributes:
+        count: the number of samples, a scalar. The gradient of the entropy of all
+            replicas comes back through it.
+        mean, m2: of every unit, the mean and the sum of squared deviations from it;
+            of the shape of one sample.
+        of_batch: mean, variance and count of all replicas together, which the gradient
+            takes; who merges them sets it. Nobody takes an entropy before.
+    """
+
+    def __init__(self, count: tf.Tensor, mean: tf.Tensor, m2: tf.Tensor) -> None:
+        self.count, self.mean, self.m2 = count, mean, m2
+        self.of_batch = (mean, m2, tf.zeros_like(count))
+
+
+@tf.autograph.experimental.do_not_convert
+def epilogue_moments(
+    z: Any,
+    bias: Any = None,
+    *,
+    activation: str = "linear",
+    slope: float = 1.0,
+    ddof: int = 0,
+    scale: float = SCALE,
+    offset: float = OFFSET,
+    native: bool | None = None,
+) -> tuple[tf.Tensor, Moments]:
+    """`epilogue` of the samples of one replica, whose entropy is that of all replicas.
+
+    Args:
+        z, bias, activation, slope, ddof, scale, offset, native: as for `epilogue`. Any
+            number of samples, none included.
+
+    Returns:
+        `(y, moments)`. `lbe_ops.synchronized` makes the entropy of the moments.
+    """
+    z, bias, slope, formula = _check_epilogue(
+        z, bias, activation, slope, ddof, scale, offset
+    )
+    ops = select(native, lowered=False)
+    biases = [] if bias is None else [bias]
+    epilogue = {"activation": activation, "slope": slope}
+
+    def gradient(outputs: Any, *grads: tf.Tensor) -> list[tf.Tensor]:
+        of_batch, count = moments.of_batch, len(biases)
+        if ops is None:
+            return reference.epilogue_gradient(
+                outputs.y, of_batch, *grads, biases=count, **epilogue, **formula
+            )
+        attributes = {**epilogue, "slope": repr(slope), **_attributes(formula)}
+        return gradients.epilogue(
+            outputs.y, of_batch, *grads, biases=count, **attributes
+        )
+
+    outputs = call_with_gradient(
+        lambda: _moments(ops, z, biases, **epilogue),
+        [z, *biases],
+        ("y", "count"),
+        gradient,
+        registered=False,
+    )
+    moments = Moments(outputs.count, outputs.mean, outputs.m2)
+    return outputs.y, moments
+
+
+@tf.autograph.experimental.do_not_convert
+def batch_moments(
+    x: Any,
+    *,
+    ddof: int = 0,
+    scale: float = SCALE,
+    offset: float = OFFSET,
+    native: bool | None = None,
+) -> Moments:
+    """`batch_entropy_or_zero` of the samples of one replica, as `epilogue_moments`."""
+    x, formula = _check(x, ddof, scale, offset)
+    ops = select(native, lowered=False)
+
+    def gradient(outputs: Any, entropy_grad: tf.Tensor) -> list[tf.Tensor]:
+        if ops is None:
+            return [
+                reference.entropy_gradient(
+                    x, moments.of_batch, entropy_grad, **formula
+                )
+            ]
+        return [
+            gradients.batch_entropy(
+                x, moments.of_batch, entropy_grad, **_attributes(formula)
+            )
+        ]
+
+    outputs = call_with_gradient(
+        lambda: _moments(ops, x, [], "linear", 0.0),
+        [x],
+        ("count",),
+        gradient,
+        registered=False,
+    )
+    moments = Moments(outputs.count, outputs.mean, outputs.m2)
+    return moments
+
+
+class MergedMoments(NamedTuple):
+    """Statistics of all replicas: of every unit `[S]`, and of every layer `[L]`."""
+
+    mean: tf.Tensor
+    variance: tf.Tensor
+    count: tf.Tensor
+    entropy: tf.Tensor
+    valid: tf.Tensor
+
+
+def merge_moments(
+    gathered: tf.Tensor,
+    widths: Sequence[int],
+    *,
+    ddof: int = 0,
+    scale: float = SCALE,
+    offset: float = OFFSET,
+    native: bool | None = None,
+) -> MergedMoments:
+    """Statistics and entropies of layers, out of the moments of all replicas.
+
+    Moments merge by the tree of the kernels, over the replicas in order; one without a
+    sample changes no bit. It is not differentiable.
+
+    Args:
+        gathered: `[R, L + 2 S]`, float32 or float64: for each of R replicas the number
+            of samples of each of L layers, then the means of the S units of all layers,
+            then their M2. Numbers of samples above 2^24 are rounded in float32.
+        widths: how many units each layer has; their sum is S.
+        ddof, scale, offset, native: as for `batch_entropy`.
+
+    Returns:
+        `MergedMoments`; `entropy` and `valid` are 0 where a layer has fewer than two
+        samples in all.
+    """
+    formula = check_formula(ddof, scale, offset)
+    ops = select(native, lowered=False)
+    if ops is None:
+        return MergedMoments(
+            *reference.merge_moments(gathered, list(widths), **formula)
+        )
+    ends = tf.constant(np.cumsum(widths), tf.int64)
+    return MergedMoments(
+        *ops.lbe_merge_moments(gathered, ends, **_attributes(formula))
+    )
+
+
+def _check_epilogue(
+    z: Any,
+    bias: Any,
+    activation: str,
+    slope: float,
+    ddof: int,
+    scale: float,
+    offset: float,
+) -> tuple[tf.Tensor, tf.Tensor | None, float, dict[str, Any]]:
+    """`(z, bias, slope, formula)`."""
     z, formula = _check(z, ddof, scale, offset)
     if activation not in reference.ACTIVATIONS:
         raise ValueError(
@@ -229,25 +422,7 @@ def epilogue(
                 "bias must have one entry for each channel, the last dimension of z. "
                 f"Received: z of shape {z.shape}, bias of shape {bias.shape}"
             )
-    ops = select(native)
-    if ops is None:
-        y = reference.activate(z, bias, activation, float(slope))
-        return EpilogueOutputs(y, *batch_entropy_or_zero(y, **formula, native=native))
-    biases = [] if bias is None else [bias]
-    attributes = {
-        "activation": activation,
-        "slope": repr(float(slope)),
-        **_attributes(formula),
-    }
-    outputs = call_with_gradient(
-        lambda: ops.lbe_epilogue(
-            z, biases, result_type=reference.result_dtype(z.dtype), **attributes
-        ),
-        [z, *biases],
-        ("y", "entropy"),
-        functools.partial(gradients.epilogue, biases=len(biases), **attributes),
-    )
-    return EpilogueOutputs(outputs.y, outputs.entropy, outputs.valid)
+    return z, bias, float(slope), formula
 
 
 def check_formula(ddof: int, scale: float, offset: float) -> dict[str, Any]:
@@ -310,12 +485,37 @@ def _entropy(ops: Any, x: tf.Tensor, formula: dict[str, Any], **attributes: Any)
     """Calls the op; only `entropy` is differentiable."""
 
     def gradient(outputs: Any, entropy_grad: tf.Tensor) -> list[tf.Tensor]:
+        statistics = outputs.mean, outputs.variance
         return [
             gradients.batch_entropy(
-                x, outputs, entropy_grad, [], **_attributes(formula)
+                x, statistics, entropy_grad, **_attributes(formula)
             )
         ]
 
     return call_with_gradient(
         lambda: _call(ops, x, formula, **attributes), [x], ("entropy",), gradient
+    )
+
+
+class _ShardOutputs(NamedTuple):
+    y: tf.Tensor
+    count: tf.Tensor
+    mean: tf.Tensor
+    m2: tf.Tensor
+
+
+def _moments(
+    ops: Any, z: tf.Tensor, biases: list[tf.Tensor], activation: str, slope: float
+) -> Any:
+    if ops is None:
+        y = reference.activate(z, biases[0] if biases else None, activation, slope)
+        if y is z:
+            y = tf.identity(z)  # a tape takes it for another tensor
+        return _ShardOutputs(y, *reference.moments_of_shard(y))
+    return ops.lbe_epilogue_moments(
+        z,
+        biases,
+        result_type=reference.result_dtype(z.dtype),
+        activation=activation,
+        slope=repr(slope),
     )

@@ -20,18 +20,21 @@ import tensorflow as tf
 from lbe_ops import keras_internals
 
 if TYPE_CHECKING:
+    from lbe_ops.ops import Moments
     from lbe_ops.regularizer import LBERegularizer
 
 
 class Entry(NamedTuple):
     """One output of one LBE layer: the scalars of `ops.batch_entropy_or_zero`.
 
-    `valid` is None where the shape says already that it is 1.
+    `valid` is None where the shape says already that it is 1. Where the batch is spread
+    over replicas, there are `moments`, and no entropy before `synchronize` has made it.
     """
 
     regularizer: LBERegularizer
-    entropy: tf.Tensor
-    valid: tf.Tensor | None
+    entropy: tf.Tensor | None = None
+    valid: tf.Tensor | None = None
+    moments: Moments | None = None
 
 
 class Recording:
@@ -41,6 +44,8 @@ class Recording:
         always: LBE layers report whatever `training` is, and not in training only.
         model: the model whose forward pass this is, or None.
         parent: the recording of the step around it, which gets the entries as well.
+        synchronized: whether layers report moments, whose entropies are made of those
+            of all replicas.
     """
 
     def __init__(
@@ -48,8 +53,10 @@ class Recording:
         always: bool,
         model: keras.Model | None = None,
         parent: Recording | None = None,
+        synchronized: bool = False,
     ) -> None:
         self.always = always
+        self.synchronized = synchronized
         self.entries: list[Entry] = []
         # Layers that were called in another graph, where their entropies stay.
         self.elsewhere: dict[int, str] = {}
@@ -73,17 +80,20 @@ class Recording:
         self,
         regularizer: LBERegularizer,
         y: tf.Tensor,
-        entropy: tf.Tensor,
-        valid: tf.Tensor,
         layer: str,
+        *,
+        entropy: tf.Tensor | None = None,
+        valid: tf.Tensor | None = None,
+        moments: Moments | None = None,
     ) -> None:
         """Appends the entropy of a layer's output.
 
         Args:
             regularizer: what the layer's entropy is pulled towards.
             y: the output.
-            entropy, valid: as `ops.batch_entropy_or_zero` returns them.
             layer: the layer's name, for errors.
+            entropy, valid: as `ops.batch_entropy_or_zero` returns them.
+            moments: in place of both where this is `synchronized`.
 
         Raises:
             RuntimeError: the layer is inside of a block that runs again in the
@@ -99,7 +109,7 @@ class Recording:
             raise RuntimeError(rematerialised(layer))
         if (y.shape[0] or 0) >= 2 and y.shape[1:].num_elements():
             valid = None
-        self.entries.append(Entry(regularizer, entropy, valid))
+        self.entries.append(Entry(regularizer, entropy, valid, moments))
 
     def has_reported(self, regularizer: LBERegularizer, y: tf.Tensor) -> bool:
         """Whether there was a report about this output."""
@@ -183,11 +193,13 @@ def recording() -> Iterator[Recording]:
 
 
 @contextlib.contextmanager
-def forward_pass(model: keras.Model, training: bool) -> Iterator[Recording]:
+def forward_pass(
+    model: keras.Model, training: bool, synchronized: bool
+) -> Iterator[Recording]:
     """Records one call of a model; all of its LBE layers where that is training."""
     step = _current.get()
     always = training or (step is not None and step.always)
-    with set_to(_current, Recording(always, model, step)) as opened:
+    with set_to(_current, Recording(always, model, step, synchronized)) as opened:
         yield opened
 
 

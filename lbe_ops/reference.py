@@ -11,7 +11,9 @@ Regularization", TMLR 2022 (arXiv 2208.01134).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import tensorflow as tf
 
 
@@ -50,19 +52,154 @@ def check_sizes(x: tf.Tensor) -> tf.Tensor:
 def moments(x: tf.Tensor, ddof: int) -> tuple[tf.Tensor, tf.Tensor]:
     """Mean and variance over the first axis, in float32 (float64 for float64).
 
-    Two passes, `M2 / (N - ddof)` with `M2 = sum_n (x_n - mean)^2`. Where `N <= ddof`
-    the divisor is 1, so that the variance is 0 and not NaN.
+    Two passes, `M2 / (N - ddof)`. Where `N <= ddof` the divisor is 1, so that the
+    variance is 0 and not NaN.
     """
+    count, mean, m2 = moments_of_shard(x)
+    return mean, m2 / tf.maximum(count - ddof, 1)
+
+
+def moments_of_shard(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """N, the mean, and `M2 = sum_n (x_n - mean)^2`, for any N; zeros where N is 0."""
     x = tf.cast(x, result_dtype(x.dtype))
-    n = tf.cast(tf.shape(x, out_type=tf.int64)[0], x.dtype)
+    count = tf.cast(tf.shape(x, out_type=tf.int64)[0], x.dtype)
     # Relative to the first sample, so that a unit that does not vary has a variance of
     # exactly 0: the sum of N equal numbers, divided by N, may be another number. The
     # mean does not depend on what it is relative to, and neither does its gradient.
     first = tf.stop_gradient(x[:1])
     total = tf.reduce_sum(x - first, axis=0)
-    mean = tf.reduce_sum(first, axis=0) + total / tf.maximum(n, 1)
-    m2 = tf.reduce_sum(tf.square(x - mean), axis=0)
-    return mean, m2 / tf.maximum(n - ddof, 1)
+    mean = tf.reduce_sum(first, axis=0) + total / tf.maximum(count, 1)
+    return count, mean, tf.reduce_sum(tf.square(x - mean), axis=0)
+
+
+def merge_moments(
+    gathered: tf.Tensor, widths: list[int], *, ddof: int, scale: float, offset: float
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """`(mean, variance, count, entropy, valid)`; see `lbe_ops.ops.merge_moments`."""
+    layers, dtype = len(widths), gathered.dtype
+    layer_of_unit = np.repeat(np.arange(layers), widths)
+    counts, means, m2s = tf.split(gathered, [layers, *[sum(widths)] * 2], axis=1)
+
+    def merge(replicas: Sequence[int]) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        if len(replicas) == 1:
+            return counts[replicas[0]], means[replicas[0]], m2s[replicas[0]]
+        left = 1 << (len(replicas) - 1).bit_length() - 1
+        a, mean_a, m2_a = merge(replicas[:left])
+        b, mean_b, m2_b = merge(replicas[left:])
+        wide = tf.cast(a, tf.float64), tf.cast(b, tf.float64)
+        share = tf.math.divide_no_nan(wide[1], sum(wide))
+        mean_weight, m2_weight, no_a, no_b = (
+            tf.gather(each, layer_of_unit)
+            for each in (
+                tf.cast(share, dtype), tf.cast(share * wide[0], dtype), a == 0, b == 0
+            )
+        )
+        difference = mean_b - mean_a
+        mean = mean_a + difference * mean_weight
+        m2 = (m2_a + m2_b) + difference * difference * m2_weight
+        return (
+            a + b,
+            tf.where(no_a, mean_b, tf.where(no_b, mean_a, mean)),
+            tf.where(no_a, m2_b, tf.where(no_b, m2_a, m2)),
+        )
+
+    count, mean, m2 = merge(range(gathered.shape[0]))
+    units = tf.constant(widths, dtype)
+    enough = (count >= 2) & (units >= 1)
+    freedom = tf.gather(tf.maximum(count - ddof, 1), layer_of_unit)
+    known = tf.gather(enough, layer_of_unit)
+    variance = tf.where(known, m2 / freedom, 0)
+    of_units = unit_entropy(tf.where(known, variance, 1), scale, offset)
+    sums = tf.math.unsorted_segment_sum(of_units, layer_of_unit, layers)
+    entropy = tf.where(enough, tf.math.divide_no_nan(sums, units), 0)
+    return mean, variance, count, entropy, tf.cast(enough, dtype)
+
+
+def entropy_gradient(
+    x: tf.Tensor,
+    of_batch: Sequence[tf.Tensor],
+    entropy_grad: tf.Tensor,
+    *,
+    ddof: int,
+    scale: float,
+    offset: float,
+) -> tf.Tensor:
+    """The gradient of the entropy of a batch of which x is a shard.
+
+    Args:
+        x: the shard `[n, ...]`.
+        of_batch: mean, variance and count of the whole batch.
+        entropy_grad: of the entropy, a scalar.
+        ddof, scale, offset: as for `lbe_ops.batch_entropy`.
+
+    Returns:
+        Of the shape of x; 0 where the batch has fewer than two samples. It cannot be
+        differentiated, since the statistics are not those of x.
+    """
+    dx = _entropy_gradient(x, *of_batch, entropy_grad, ddof, scale, offset)
+    return tf.raw_ops.PreventGradient(
+        input=tf.cast(dx, x.dtype), message=_NO_SECOND_GRADIENT
+    )
+
+
+def epilogue_gradient(
+    y: tf.Tensor,
+    of_batch: Sequence[tf.Tensor],
+    dy: tf.Tensor,
+    entropy_grad: tf.Tensor,
+    *,
+    biases: int,
+    activation: str,
+    slope: float,
+    ddof: int,
+    scale: float,
+    offset: float,
+) -> list[tf.Tensor]:
+    """The gradients with respect to z and, if there is one, the bias, likewise.
+
+    Args:
+        y: a shard of `activation(z + bias)`.
+        of_batch, entropy_grad: as above.
+        dy: of y.
+        biases: how many there are.
+        activation, slope, ddof, scale, offset: as for `lbe_ops.ops.epilogue`.
+    """
+    share = _entropy_gradient(y, *of_batch, entropy_grad, ddof, scale, offset)
+    derivative = DERIVATIVES[activation](tf.cast(y, share.dtype), slope)
+    dz = derivative * (tf.cast(dy, share.dtype) + share)
+    grads = [dz]
+    if biases:
+        grads.append(tf.reduce_sum(tf.reshape(dz, [-1, tf.shape(dz)[-1]]), axis=0))
+    return [
+        tf.raw_ops.PreventGradient(
+            input=tf.cast(grad, y.dtype), message=_NO_SECOND_GRADIENT
+        )
+        for grad in grads
+    ]
+
+
+_NO_SECOND_GRADIENT = (
+    "Synchronised batch entropy has no second derivative. Make the LBEModel with "
+    "synchronized=False."
+)
+
+
+def _entropy_gradient(
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    count: tf.Tensor,
+    entropy_grad: tf.Tensor,
+    ddof: int,
+    scale: float,
+    offset: float,
+) -> tf.Tensor:
+    unit_shape = tf.shape(x)[1:]
+    mean, variance = tf.reshape(mean, unit_shape), tf.reshape(variance, unit_shape)
+    units = tf.cast(tf.size(mean), mean.dtype)
+    share = tf.math.divide_no_nan(scale * entropy_grad, units * (count - ddof))
+    dx = (tf.cast(x, mean.dtype) - mean) / (scale * variance + offset) * share
+    return tf.where(count >= 2, dx, tf.zeros_like(dx))
 
 
 def unit_entropy(variance: tf.Tensor, scale: float, offset: float) -> tf.Tensor:

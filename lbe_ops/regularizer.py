@@ -89,7 +89,7 @@ class Alpha:
 
     @property
     def dtype(self) -> str:
-        """Always `"float32"`."""
+        """That of the weight: `"float32"`, or `"float64"` in a model of float64."""
         return self.variable.dtype
 
     def assign(self, value: Any) -> None:
@@ -330,11 +330,15 @@ class LBERegularizer(keras.layers.Layer):
         self, recording: recorder.Recording, x: tf.Tensor, layer: str | None = None
     ) -> None:
         """Reports the entropy of an output, unless its layer has done so."""
-        if not recording.has_reported(self, x):
-            entropy, valid = ops.batch_entropy_or_zero(
-                x, **self.formula, native=self.native
-            )
-            recording.report(self, x, entropy, valid, layer or self.name)
+        if recording.has_reported(self, x):
+            return
+        layer, formula = layer or self.name, {**self.formula, "native": self.native}
+        if recording.synchronized:
+            moments = ops.batch_moments(x, **formula)
+            recording.report(self, x, layer, moments=moments)
+        else:
+            entropy, valid = ops.batch_entropy_or_zero(x, **formula)
+            recording.report(self, x, layer, entropy=entropy, valid=valid)
 
     def _check_training(self) -> None:
         """Raises where training would leave alpha or the layer without a gradient."""

@@ -30,7 +30,7 @@ from lbe_ops.keras_internals import (
 from lbe_ops.loss import LBELoss, find_regularizers
 from lbe_ops.recorder import Recording
 from lbe_ops.regularizer import ALPHA_NAME, LBERegularizer, check_finite
-from lbe_ops.synchronized import replicas, synchronize
+from lbe_ops.synchronized import replicas, synchronize, warn_of
 
 # Whether `losses` is empty for now, so that Keras computes the compiled loss alone.
 _compiled_loss_alone: contextvars.ContextVar[bool] = contextvars.ContextVar(
@@ -284,6 +284,7 @@ class LBEModel(MultiWorkerTraining, keras.Model):
         arguments = inspect.signature(keras.Model.compile).bind(self, *args, **kwargs)
         _check_names(arguments.arguments)
         super().compile(*args, **kwargs)
+        warn_of(self.distribute_strategy)
         if self.built:
             self._adopt()
         self.lbe_loss.freeze()

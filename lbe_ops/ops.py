@@ -329,9 +329,7 @@ def batch_moments(
     def gradient(outputs: Any, entropy_grad: tf.Tensor) -> list[tf.Tensor]:
         if ops is None:
             return [
-                reference.entropy_gradient(
-                    x, moments.of_batch, entropy_grad, **formula
-                )
+                reference.entropy_gradient(x, moments.of_batch, entropy_grad, **formula)
             ]
         return [
             gradients.batch_entropy(
@@ -392,9 +390,7 @@ def merge_moments(
             *reference.merge_moments(gathered, list(widths), **formula)
         )
     ends = tf.constant(np.cumsum(widths), tf.int64)
-    return MergedMoments(
-        *ops.lbe_merge_moments(gathered, ends, **_attributes(formula))
-    )
+    return MergedMoments(*ops.lbe_merge_moments(gathered, ends, **_attributes(formula)))
 
 
 def _check_epilogue(
@@ -487,9 +483,7 @@ def _entropy(ops: Any, x: tf.Tensor, formula: dict[str, Any], **attributes: Any)
     def gradient(outputs: Any, entropy_grad: tf.Tensor) -> list[tf.Tensor]:
         statistics = outputs.mean, outputs.variance
         return [
-            gradients.batch_entropy(
-                x, statistics, entropy_grad, **_attributes(formula)
-            )
+            gradients.batch_entropy(x, statistics, entropy_grad, **_attributes(formula))
         ]
 
     return call_with_gradient(

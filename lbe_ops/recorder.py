@@ -32,6 +32,7 @@ class Entry(NamedTuple):
     """
 
     regularizer: LBERegularizer
+    layer: str
     entropy: tf.Tensor | None = None
     valid: tf.Tensor | None = None
     moments: Moments | None = None
@@ -109,7 +110,7 @@ class Recording:
             raise RuntimeError(rematerialised(layer))
         if (y.shape[0] or 0) >= 2 and y.shape[1:].num_elements():
             valid = None
-        self.entries.append(Entry(regularizer, entropy, valid, moments))
+        self.entries.append(Entry(regularizer, layer, entropy, valid, moments))
 
     def has_reported(self, regularizer: LBERegularizer, y: tf.Tensor) -> bool:
         """Whether there was a report about this output."""

@@ -91,7 +91,10 @@ def merge_moments(
         mean_weight, m2_weight, no_a, no_b = (
             tf.gather(each, layer_of_unit)
             for each in (
-                tf.cast(share, dtype), tf.cast(share * wide[0], dtype), a == 0, b == 0
+                tf.cast(share, dtype),
+                tf.cast(share * wide[0], dtype),
+                a == 0,
+                b == 0,
             )
         )
         difference = mean_b - mean_a

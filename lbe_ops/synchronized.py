@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entropies of the whole batch, where a strategy of TensorFlow spreads it over replicas.
+"""Entropies of the whole batch, where a `tf.distribute` strategy spreads it.
 
 Replica r has n_r of the N samples, and of each unit their mean and their sum of squared
 deviations from it, M2. The moments of all replicas are merged by the tree of the
@@ -22,9 +22,11 @@ gradient have the same bits as on one device.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from lbe_ops import ops
@@ -44,6 +46,26 @@ def replicas() -> int:
     return 1 if context is None else context.num_replicas_in_sync
 
 
+def warn_of(strategy: tf.distribute.Strategy) -> None:
+    """Says where a model would silently train otherwise than its user expects."""
+    if keras.distribution.distribution() is not None:
+        warnings.warn(
+            "keras.distribution does nothing with TensorFlow: the model stays on one "
+            "device. Make and compile it in the scope of a tf.distribute.Mirrored"
+            "Strategy (or MultiWorkerMirroredStrategy) instead. "
+            f"Received: {keras.distribution.distribution()}",
+            stacklevel=3,
+        )
+    if isinstance(strategy, tf.distribute.ParameterServerStrategy):
+        warnings.warn(
+            "Under a ParameterServerStrategy workers take steps of their own: each has "
+            "the entropies of its own batch, and Keras 3 has no `fit` for it. Use a "
+            "tf.distribute.MultiWorkerMirroredStrategy.",
+            stacklevel=3,
+        )
+
+
+@tf.autograph.experimental.do_not_convert
 def synchronize(
     entries: Sequence[Entry],
     ce: tf.Tensor,
@@ -160,7 +182,8 @@ def _groups(entries: Iterable[Entry]) -> list[_Group]:
     groups: dict[Any, list[Entry]] = {}
     for entry in entries:
         regularizer = entry.regularizer
-        key = *regularizer.formula.values(), regularizer.native, entry.moments.mean.dtype
+        dtype = entry.moments.mean.dtype
+        key = *regularizer.formula.values(), regularizer.native, dtype
         groups.setdefault(key, []).append(entry)
     return [_Group(group) for group in groups.values()]
 
@@ -170,7 +193,7 @@ def _width(entry: Entry) -> int:
     width = entry.moments.mean.shape.num_elements()
     if width is None:
         raise ValueError(
-            f"The output of the layer of '{entry.regularizer.name}' has a shape that "
+            f"The output of the layer '{entry.layer}' has a shape that "
             "is not known before it is computed, and replicas may differ in it: their "
             "statistics cannot be merged. Give the model inputs of a fixed shape, or "
             "make it with synchronized=False: every replica then has the entropies of "

@@ -722,13 +722,16 @@ void TestMerge(DType dtype, int64_t replicas, std::vector<int64_t> widths) {
     expect(merged.valid[layer] == 1 || merged.entropy[layer] == 0, "no entropy",
            layer);
   }
-  // Nothing outside is read or written, whatever the ends are.
+#if !defined(__SANITIZE_THREAD__)
+  // Nothing outside is read or written, whatever the ends are. Blocks may then
+  // write to the same units.
   for (int64_t layer = 0; layer < layers; ++layer) {
     ends[layer] = static_cast<int64_t>(random() % (4 * units + 1)) - units;
   }
   const int error =
       MergeMomentsCuda(nullptr, problem, merged.Arguments(&gathered, &ends));
   expect(error == 0, "success with ends that do not fit", error);
+#endif
 }
 
 // A batch of which each shard makes y = relu(z + bias): moments, merge and
@@ -907,12 +910,13 @@ void TestShards(DType dtype, const std::vector<int64_t>& shards, int64_t units,
 
 template <typename Element, typename Scalar>
 void TestReplicas(DType dtype, bool quick) {
+  const DType results = sizeof(Scalar) == 8 ? DType::kFloat64 : DType::kFloat32;
+  TestShards<Element, Scalar>(dtype, {16, 5}, 17, 17, 1, true);
+  TestShards<Element, Scalar>(dtype, {0, 1}, 33, 33, 1, false);
+  TestMerge<Scalar>(results, 5, {3, 0, 300});
+  if (quick) return;
   TestShards<Element, Scalar>(dtype, {64, 64, 21}, 17, 17, 9, true);
   TestShards<Element, Scalar>(dtype, {16, 1, 0, 9}, 66, 33, 1, false);
-  TestShards<Element, Scalar>(dtype, {0, 1}, 33, 33, 1, false);
-  const DType results = sizeof(Scalar) == 8 ? DType::kFloat64 : DType::kFloat32;
-  TestMerge<Scalar>(results, 5, {3, 70, 0, 300});
-  if (quick) return;
   TestShards<Element, Scalar>(dtype, {128, 128, 128, 1}, 130, 26, 1 << 20,
                               true);
   TestShards<Element, Scalar>(dtype, {256, 128}, 200, 200, 20, true);
@@ -1117,10 +1121,10 @@ int Main() {
     TestEpilogues<double, double>(DType::kFloat64, all, false);
   }
   if (!quick || failures == 0) {
-    TestReplicas<Half, float>(DType::kFloat16, quick);
     TestReplicas<float, float>(DType::kFloat32, quick);
   }
   if (!quick) {
+    TestReplicas<Half, float>(DType::kFloat16, false);
     TestReplicas<BFloat16, float>(DType::kBFloat16, false);
     TestReplicas<double, double>(DType::kFloat64, false);
   }

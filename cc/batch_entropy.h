@@ -127,6 +127,13 @@ LBE_MATH int64_t LeftLeaves(int64_t leaves) {
   return p;
 }
 
+// The rows that a count, a number of the results' type, stands for: 0 where it
+// is none. A float holds counts up to 2^24 exactly.
+template <typename Scalar>
+LBE_MATH int64_t RowsOfCount(Scalar count) {
+  return count >= Scalar(1) ? static_cast<int64_t>(count) : 0;
+}
+
 // The unsigned integers, scalar or vector, with as many bits as V, and their
 // conversion to V as signed ones. Callers specialize it for their vectors.
 template <typename V>
@@ -288,9 +295,21 @@ LBE_MATH GradientFactors<Scalar> GradientFactorsOf(int64_t rows, int64_t units,
           static_cast<Scalar>(formula.offset)};
 }
 
+// The same of a batch of which x is a shard: `count` says how many rows it has.
+// Fewer than two have no entropy: then the share, the reciprocal of any finite
+// variance, the slope and the offset are all 0.
+template <typename Scalar>
+LBE_MATH GradientFactors<Scalar> GradientFactorsOfCount(
+    Scalar count, int64_t units, const Formula& formula) {
+  const int64_t rows = RowsOfCount(count);
+  if (rows >= 2) return GradientFactorsOf<Scalar>(rows, units, formula);
+  return {0, 0, 0, 0, static_cast<Scalar>(__builtin_huge_val())};
+}
+
 template <typename Scalar>
 LBE_MATH Scalar EntropyShare(Scalar entropy_grad,
                              const GradientFactors<Scalar>& factors) {
+  if (factors.entropy == 0) return 0;  // whatever entropy_grad is
   return static_cast<Scalar>(static_cast<double>(entropy_grad) *
                              factors.entropy);
 }

@@ -169,6 +169,94 @@ void MergeParts(const CpuLoops& loops, const ForwardCut& cut, int64_t rows,
               m2 + first * pitch);
 }
 
+// The entropy of a layer, of its groups' sums: in the order of batch_entropy.h.
+class EntropySum {
+ public:
+  // The sums of the groups that follow. REQUIRES: a FloatingPointMode.
+  void Add(const double* group_sums, int64_t groups) {
+    for (int64_t i = 0; i < groups; ++i) {
+      lanes_[added_++ % kSumLanes] += group_sums[i];
+    }
+  }
+  // Once, at the end.
+  double Mean(int64_t units) {
+    return SumHalves<kSumLanes>(lanes_) / static_cast<double>(units);
+  }
+
+ private:
+  double lanes_[kSumLanes] = {};
+  int64_t added_ = 0;
+};
+
+// Units of a layer that are merged at once: whole groups, and so few that what
+// each level of the tree keeps of them fits into a cache.
+constexpr int64_t kMergeUnits = 16 * kGroupUnits;
+
+// Merges the moments of `units` <= kMergeUnits units of a layer, from `unit`
+// on, to mean and m2, by the tree over so many replicas, whose rows are
+// `gathered`. A replica that has no row of the layer is passed over. Returns
+// their rows.
+template <typename Scalar>
+int64_t MergeReplicas(const MergeProblem& problem, const Scalar* gathered,
+                      int64_t replicas, int64_t layer, int64_t unit,
+                      int64_t units, Scalar* mean, Scalar* m2) {
+  if (replicas == 1) {
+    const Scalar* means = gathered + problem.layers + unit;
+    std::copy_n(means, units, mean);
+    std::copy_n(means + problem.units, units, m2);
+    return RowsOfCount(gathered[layer]);
+  }
+  const int64_t left = LeftLeaves(replicas);
+  const int64_t a =
+      MergeReplicas(problem, gathered, left, layer, unit, units, mean, m2);
+  Scalar b_mean[kMergeUnits], b_m2[kMergeUnits];
+  const int64_t b =
+      MergeReplicas(problem, gathered + left * PitchOf(problem),
+                    replicas - left, layer, unit, units, b_mean, b_m2);
+  if (a == 0) {
+    std::copy_n(b_mean, units, mean);
+    std::copy_n(b_m2, units, m2);
+  } else if (b > 0) {
+    LoopsFor(problem.dtype).merge(a, b, units, b_mean, b_m2, mean, m2);
+  }
+  return a + b;
+}
+
+// Merges the moments of one layer, and makes its results of them.
+template <typename Scalar>
+void MergeLayer(const MergeProblem& problem, const MergeArguments& arguments,
+                int64_t layer) {
+  const auto at = [](void* base, int64_t index) {
+    return static_cast<Scalar*>(base) + index;
+  };
+  const Scalar* gathered = static_cast<const Scalar*>(arguments.gathered);
+  const auto [begin, end] = FindLayer(arguments.ends, layer, problem.units);
+  int64_t rows = 0;
+  for (int64_t r = 0; r < problem.replicas; ++r) {
+    rows += RowsOfCount(gathered[r * PitchOf(problem) + layer]);
+  }
+  const bool valid = rows >= 2 && begin < end;
+  const Problem merged = {problem.dtype, rows, end - begin, problem.formula};
+  EntropySum sum;
+  for (int64_t unit = begin; unit < end; unit += kMergeUnits) {
+    const int64_t units = std::min(kMergeUnits, end - unit);
+    Scalar* const variance = at(arguments.variance, unit);
+    MergeReplicas(problem, gathered, problem.replicas, layer, unit, units,
+                  at(arguments.mean, unit), variance);
+    if (valid) {
+      double group_sums[kMergeUnits / kGroupUnits];
+      LoopsFor(problem.dtype).finish(merged, units, variance, group_sums);
+      sum.Add(group_sums, CeilDiv(units, kGroupUnits));
+    } else {
+      std::fill_n(variance, units, Scalar(0));
+    }
+  }
+  *at(arguments.count, layer) = static_cast<Scalar>(rows);
+  *at(arguments.valid, layer) = valid ? Scalar(1) : Scalar(0);
+  *at(arguments.entropy, layer) =
+      valid ? static_cast<Scalar>(sum.Mean(end - begin)) : Scalar(0);
+}
+
 // Adds up the sums [count, channels] of a bias's gradient into the first ones,
 // in the order of activations.h.
 template <typename Scalar>
@@ -198,6 +286,14 @@ void AddSums(const Parallel& parallel, int64_t count, int64_t channels,
           sums[begin + c] = static_cast<Scalar>(totals[0][c]);
         }
       });
+}
+
+// Whether a batch of so many rows has an entropy.
+bool HasEntropy(const Problem& problem, const void* count) {
+  return WithTypes(problem.dtype, [&](auto types) {
+    using Scalar = typename decltype(types)::Result;
+    return RowsOfCount(*static_cast<const Scalar*>(count)) >= 2;
+  });
 }
 
 int64_t SumsOf(const Problem& problem) {
@@ -256,7 +352,10 @@ void ForwardCpu(const Parallel& parallel, const Problem& problem,
   const auto at = [&](void* base, int64_t index) {
     return static_cast<char*>(base) + index * result_bytes;
   };
+  const bool moments_alone = arguments.m2 != nullptr;
+  void* const m2 = moments_alone ? arguments.m2 : arguments.variance;
   const auto finish = [&](int64_t column, int64_t columns) {
+    if (moments_alone) return;
     loops.finish(problem, columns, at(arguments.variance, column),
                  sums + column / kGroupUnits);
   };
@@ -270,7 +369,7 @@ void ForwardCpu(const Parallel& parallel, const Problem& problem,
       const int64_t column = tile * cut.tile_columns;
       const int64_t columns = columns_of(tile);
       loops.moments(problem, arguments, {0, rows, column, columns},
-                    at(arguments.mean, column), at(arguments.variance, column));
+                    at(arguments.mean, column), at(m2, column));
       finish(column, columns);
     });
   } else {
@@ -298,18 +397,20 @@ void ForwardCpu(const Parallel& parallel, const Problem& problem,
                  tile_m2);
       std::memcpy(at(arguments.mean, column), tile_mean,
                   columns * result_bytes);
-      std::memcpy(at(arguments.variance, column), tile_m2,
-                  columns * result_bytes);
+      std::memcpy(at(m2, column), tile_m2, columns * result_bytes);
       finish(column, columns);
     });
   }
-  FloatingPointMode mode;
-  double lanes[kSumLanes] = {};
-  for (int64_t group = 0; group < groups; ++group) {
-    lanes[group % kSumLanes] += sums[group];
+  if (moments_alone) {
+    if (arguments.count != nullptr) {
+      SetScalar(problem.dtype, static_cast<double>(rows), arguments.count);
+    }
+    return;
   }
-  const double sum = SumHalves<kSumLanes>(lanes);
-  SetScalar(problem.dtype, sum / static_cast<double>(units), arguments.entropy);
+  FloatingPointMode mode;
+  EntropySum sum;
+  sum.Add(sums, groups);
+  SetScalar(problem.dtype, sum.Mean(units), arguments.entropy);
   if (arguments.valid != nullptr) SetScalar(problem.dtype, 1, arguments.valid);
 }
 
@@ -326,6 +427,10 @@ void GradientCpu(const Parallel& parallel, const Problem& problem,
   const int64_t rows = problem.rows, units = problem.units;
   const int64_t pitch = units * loops.element_bytes;
   const int64_t bytes = rows * pitch;
+  if (arguments.count != nullptr && !HasEntropy(problem, arguments.count)) {
+    std::memset(arguments.dx, 0, bytes);
+    return;
+  }
   const bool stream =
       arguments.dx != arguments.x && bytes > kStreamBytes && pitch % 64 == 0;
   if (stream) AdviseHugePages(arguments.dx, bytes);
@@ -342,6 +447,16 @@ void GradientCpu(const Parallel& parallel, const Problem& problem,
                    {row, std::min(item_rows, rows - row), column,
                     std::min(kTile, units - column)},
                    stream);
+  });
+}
+
+void MergeMomentsCpu(const Parallel& parallel, const MergeProblem& problem,
+                     const MergeArguments& arguments) {
+  WithTypes(problem.dtype, [&](auto types) {
+    using Scalar = typename decltype(types)::Result;
+    Run(parallel, problem.layers,
+        problem.replicas * PitchOf(problem) * sizeof(Scalar),
+        [&](int64_t layer) { MergeLayer<Scalar>(problem, arguments, layer); });
   });
 }
 

@@ -425,8 +425,13 @@ struct Loops {
 
     Columns(const Problem& problem, const GradientArguments& arguments,
             const Block& block) {
-      const auto factors = GradientFactorsOf<Scalar>(
-          problem.rows, problem.units, problem.formula);
+      const auto factors =
+          arguments.count == nullptr
+              ? GradientFactorsOf<Scalar>(problem.rows, problem.units,
+                                          problem.formula)
+              : GradientFactorsOfCount(
+                    *static_cast<const Scalar*>(arguments.count), problem.units,
+                    problem.formula);
       share = EntropyShare(*static_cast<const Scalar*>(arguments.entropy_grad),
                            factors);
       const int64_t end = block.column + block.columns;

@@ -74,7 +74,8 @@ inline void SetScalar(DType dtype, double value, void* scalar) {
 }
 
 // What every launcher has to know of the activations x [rows, units], which are
-// row-major. REQUIRES of all launchers: rows > formula.ddof, units >= 1.
+// row-major. REQUIRES of all launchers: units >= 1, and rows > formula.ddof, or
+// rows >= 1 where x is a shard of a batch: see `m2` and `count` below.
 struct Problem {
   DType dtype;
   int64_t rows;
@@ -93,6 +94,11 @@ struct Epilogue {
 
 // The arguments of a forward pass: mean and variance of every unit, and the
 // entropy. Results have the dtype's result type. x is read once.
+//
+// Of a shard of a batch its moments are wanted, to be merged with those of the
+// other shards: with `m2`, the results are mean, m2 and count alone. Not the
+// variance, whose division would cost the bits of the whole batch. A single row
+// has an m2 of 0.
 struct ForwardArguments {
   const void* x = nullptr;             // [rows, units]; z of an epilogue
   const Epilogue* epilogue = nullptr;  // or null: the statistics of x itself
@@ -102,6 +108,8 @@ struct ForwardArguments {
   void* mean = nullptr;      // [units]
   void* variance = nullptr;  // [units]
   void* valid = nullptr;     // scalar that becomes 1, or null
+  void* m2 = nullptr;        // [units], sums of squared deviations; or null
+  void* count = nullptr;     // scalar that becomes rows, with m2; or null
 };
 
 // Whether there is something to make of x: not without an epilogue, and not
@@ -117,6 +125,11 @@ inline bool MakesY(const ForwardArguments& arguments) {
 //   entropy_grad * entropy + sum_u(mean_grad * mean + variance_grad * variance)
 // and with one, dx = activation'(x) * (dy + the gradient of entropy_grad *
 // entropy), and dbias the sum of dx over all positions of a channel.
+//
+// With `count`, x is a shard of a batch of so many rows, and mean and variance
+// are those of the whole batch: dx is that of one call with all of it, bit for
+// bit. Where count < 2 there is no entropy, and dx without an epilogue is 0,
+// whatever x holds. With one, the entropy adds 0 for every finite x.
 struct GradientArguments {
   const void* x = nullptr;             // [rows, units]; y of an epilogue
   const void* mean = nullptr;          // [units], of the forward pass
@@ -129,7 +142,58 @@ struct GradientArguments {
   void* workspace = nullptr;            // where dbias is wanted
   void* dx = nullptr;                   // [rows, units]; may be x or dy
   void* dbias = nullptr;                // [epilogue->channels], or null
+  const void* count = nullptr;          // scalar of the result type, or null
 };
+
+// What a merge has to know of the moments of all shards of a batch, one shard
+// for each replica and several layers in each: gathered
+// [replicas, layers + 2 * units] of the result type. A row has first the number
+// of rows of each layer, then the means of the units of all layers, then their
+// m2. A layer may have another number of rows than its neighbours, and in some
+// replicas none: what is there is passed over then. REQUIRES: layers >= 1,
+// 1 <= replicas <= kMostReplicas.
+struct MergeProblem {
+  DType dtype;  // of the moments: kFloat32 or kFloat64
+  int64_t replicas;
+  int64_t layers;
+  int64_t units;  // of all layers
+  Formula formula;
+};
+constexpr int64_t kMostReplicas = 1 << 16;
+
+// From one row of `gathered` to the next one.
+LBE_MATH int64_t PitchOf(const MergeProblem& problem) {
+  return problem.layers + 2 * problem.units;
+}
+
+// The arguments of a merge. The moments of the replicas merge in their order by
+// the tree of batch_entropy.h: where the rows of every replica but the last are
+// the same number, 8 * 2^k, the results are those of one call with the whole
+// batch, bit for bit. Where a batch has fewer than two rows, or the layer no
+// unit, variance, entropy and valid are 0.
+struct MergeArguments {
+  const void* gathered = nullptr;
+  const int64_t* ends = nullptr;  // [layers], where the units of each end
+  void* mean = nullptr;           // [units]
+  void* variance = nullptr;       // [units]
+  void* count = nullptr;          // [layers], rows of the whole batch
+  void* entropy = nullptr;        // [layers]
+  void* valid = nullptr;          // [layers], 1 or 0
+};
+
+// Where a layer's units are among those of all layers: [begin, end). Inside of
+// these whatever `ends` holds, since nobody can check it in a GPU's memory.
+struct UnitsOfLayer {
+  int64_t begin;
+  int64_t end;
+};
+
+LBE_MATH UnitsOfLayer FindLayer(const int64_t* ends, int64_t layer,
+                                int64_t units) {
+  const int64_t before = layer == 0 ? 0 : ends[layer - 1], end = ends[layer];
+  const int64_t begin = before < 0 ? 0 : before > units ? units : before;
+  return {begin, end < begin ? begin : end > units ? units : end};
+}
 
 // Where a CPU kernel runs: `run(pool, workers, body, argument)` calls
 // body(argument) at least once and at most `workers` times, each on a thread of
@@ -147,6 +211,8 @@ void ForwardCpu(const Parallel& parallel, const Problem& problem,
                 const ForwardArguments& arguments);
 void GradientCpu(const Parallel& parallel, const Problem& problem,
                  const GradientArguments& arguments);
+void MergeMomentsCpu(const Parallel& parallel, const MergeProblem& problem,
+                     const MergeArguments& arguments);
 
 // Bytes of their workspaces, which are 64-byte aligned: that of a forward pass
 // on so many threads, and that of a gradient with dbias [channels].
@@ -172,6 +238,8 @@ int ForwardCuda(void* stream, const Problem& problem,
                 const ForwardArguments& arguments, int blocks = 0);
 int GradientCuda(void* stream, const Problem& problem,
                  const GradientArguments& arguments, int blocks = 0);
+int MergeMomentsCuda(void* stream, const MergeProblem& problem,
+                     const MergeArguments& arguments);
 
 // Bytes of their workspaces, which are 16-byte aligned; see above.
 int64_t ForwardCudaWorkspace(const Problem& problem, bool has_epilogue,

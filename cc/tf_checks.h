@@ -53,9 +53,9 @@ inline absl::Status NumberAttr(tensorflow::OpKernelConstruction* context,
   return absl::OkStatus();
 }
 
-// Reads the attributes that all ops have.
-inline absl::Status ReadAttributes(tensorflow::OpKernelConstruction* context,
-                                   DType* dtype, Formula* formula) {
+// Reads the dtypes.
+inline absl::Status ReadTypes(tensorflow::OpKernelConstruction* context,
+                              DType* dtype) {
   tensorflow::DataType type, result_type;
   TF_RETURN_IF_ERROR(context->GetAttr("T", &type));
   TF_RETURN_IF_ERROR(context->GetAttr("result_type", &result_type));
@@ -68,6 +68,11 @@ inline absl::Status ReadAttributes(tensorflow::OpKernelConstruction* context,
         tensorflow::DataTypeString(type),
         ", result_type = ", tensorflow::DataTypeString(result_type));
   }
+  return absl::OkStatus();
+}
+
+inline absl::Status ReadFormula(tensorflow::OpKernelConstruction* context,
+                                Formula* formula) {
   TF_RETURN_IF_ERROR(context->GetAttr("ddof", &formula->ddof));
   TF_RETURN_IF_ERROR(NumberAttr(context, "scale", &formula->scale));
   TF_RETURN_IF_ERROR(NumberAttr(context, "offset", &formula->offset));
@@ -77,6 +82,27 @@ inline absl::Status ReadAttributes(tensorflow::OpKernelConstruction* context,
         ", offset 0 or in the same range. Received: ddof = ", formula->ddof,
         ", scale = ", formula->scale, ", offset = ", formula->offset);
   }
+  return absl::OkStatus();
+}
+
+// Reads the attributes of all ops that make an entropy of activations.
+inline absl::Status ReadAttributes(tensorflow::OpKernelConstruction* context,
+                                   DType* dtype, Formula* formula) {
+  TF_RETURN_IF_ERROR(ReadTypes(context, dtype));
+  return ReadFormula(context, formula);
+}
+
+// Reads whether a gradient is that of a shard of a batch: whether there is a
+// count.
+inline absl::Status ReadSynchronized(tensorflow::OpKernelConstruction* context,
+                                     bool* synchronized) {
+  int counts;
+  TF_RETURN_IF_ERROR(context->GetAttr("synchronized", &counts));
+  if (counts > 1) {
+    return InvalidArgument("count must be none or one. Received: ", counts,
+                           " tensors");
+  }
+  *synchronized = counts == 1;
   return absl::OkStatus();
 }
 
@@ -159,10 +185,20 @@ inline absl::Status CheckBias(absl::Span<const int64_t> z,
 }
 
 // Checks the inputs of LBE>BatchEntropyGrad: x, mean, variance, entropy_grad,
-// and the gradients of mean and variance or none; `first` is the place of x.
+// and the gradients of mean and variance or none; `first` is the place of x. A
+// synchronized gradient has a count besides, and its statistics may be parts of
+// vectors of all layers' units.
 inline absl::Status CheckGradInputs(absl::Span<const Dims> inputs,
+                                    bool synchronized = false,
                                     size_t first = 0) {
   TF_RETURN_IF_ERROR(CheckBatch(inputs[first]));
+  if (synchronized) {
+    if (!inputs.back().empty()) {
+      return InvalidArgument("count must be a scalar. Received: ",
+                             ShapeText(inputs.back()));
+    }
+    inputs.remove_suffix(1);
+  }
   const size_t statistic_grads = inputs.size() - first - 4;
   if (statistic_grads != 0 && statistic_grads != 2) {
     return InvalidArgument(
@@ -172,9 +208,12 @@ inline absl::Status CheckGradInputs(absl::Span<const Dims> inputs,
   }
   const absl::Span<const int64_t> sample =
       absl::MakeConstSpan(inputs[first]).subspan(1);
+  int64_t units = 1;
+  for (const int64_t size : sample) units *= size;
   for (size_t i = first + 1; i < inputs.size(); ++i) {
     const bool scalar = i == first + 3;
     const auto expected = scalar ? absl::Span<const int64_t>() : sample;
+    if (synchronized && !scalar && inputs[i] == Dims{units}) continue;
     if (inputs[i] != expected) {
       return InvalidArgument(
           "input ", i, " must have the shape ", ShapeText(expected),
@@ -187,7 +226,8 @@ inline absl::Status CheckGradInputs(absl::Span<const Dims> inputs,
 // Checks the inputs of LBE>EpilogueGrad: dy, and then y as x above, but for the
 // gradient of the entropy, which is the element `index` of a vector where that
 // is not -1.
-inline absl::Status CheckEpilogueGradInputs(ManyDims inputs, int64_t index) {
+inline absl::Status CheckEpilogueGradInputs(ManyDims inputs, int64_t index,
+                                            bool synchronized = false) {
   if (inputs[0] != inputs[1]) {
     return InvalidArgument("dy must have the shape of y, ",
                            ShapeText(inputs[1]),
@@ -201,7 +241,26 @@ inline absl::Status CheckEpilogueGradInputs(ManyDims inputs, int64_t index) {
     }
     inputs[4].clear();  // a scalar from here on
   }
-  return CheckGradInputs(inputs, 1);
+  return CheckGradInputs(inputs, synchronized, 1);
+}
+
+// Checks the inputs of LBE>MergeMoments.
+inline absl::Status CheckMergeInputs(absl::Span<const int64_t> gathered,
+                                     absl::Span<const int64_t> ends) {
+  if (ends.size() != 1) {
+    return InvalidArgument("ends must be a vector. Received: ",
+                           ShapeText(ends));
+  }
+  const int64_t layers = ends[0];
+  if (gathered.size() != 2 || gathered[0] < 1 || gathered[0] > kMostReplicas ||
+      gathered[1] < layers || (gathered[1] - layers) % 2 != 0 ||
+      (layers == 0 && gathered[1] > 0)) {
+    return InvalidArgument(
+        "gathered must have the shape [replicas, layers + 2 * units], of 1 to ",
+        kMostReplicas, " replicas and as many layers as ends has, ", layers,
+        ". Received: ", ShapeText(gathered));
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace lbe

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The TensorFlow ops LBE>BatchEntropy, LBE>Epilogue and their gradients, by the
-// names with Grad at the end: schema, shape function, kernel for CPU and GPU.
+// names with Grad at the end, and LBE>EpilogueMoments and LBE>MergeMoments for
+// a batch that is spread over replicas: schema, shape function, kernel for CPU
+// and GPU.
 //
 // Glue: checks, allocates, calls the launchers of kernels.h, reports.
 
@@ -53,6 +55,7 @@ using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
+using ::tensorflow::shape_inference::DimensionHandle;
 using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
 
@@ -67,16 +70,18 @@ std::string DTypesAttr() {
   return absl::StrCat("T: {", absl::StrJoin(names, ", "), "}");
 }
 
-// The attributes that all ops have, and those of an epilogue and its gradient.
-#define LBE_ATTRIBUTES                                             \
-  Attr(DTypesAttr())                                               \
-      .Attr("result_type: {float, double} = DT_FLOAT")             \
-      .Attr("ddof: int >= 0 = 0")                                  \
+// The attributes of the formula, of the dtypes, of both, and those of an
+// epilogue.
+#define LBE_FORMULA                                                \
+  Attr("ddof: int >= 0 = 0")                                       \
       .Attr(absl::StrFormat("scale: string = '%.17g'", lbe::kPiE)) \
       .Attr("offset: string = '1.0'")
-#define LBE_EPILOGUE_ATTRIBUTES               \
-  LBE_ATTRIBUTES.Attr("biases: int >= 0 = 0") \
-      .Attr("activation: string = 'linear'")  \
+#define LBE_TYPES \
+  Attr(DTypesAttr()).Attr("result_type: {float, double} = DT_FLOAT")
+#define LBE_ATTRIBUTES LBE_TYPES.LBE_FORMULA
+#define LBE_EPILOGUE                         \
+  Attr("biases: int >= 0 = 0")               \
+      .Attr("activation: string = 'linear'") \
       .Attr("slope: string = '0.0'")
 
 // The shape of one sample: that of x without its first dimension.
@@ -84,6 +89,24 @@ absl::Status UnitShape(InferenceContext* c, ShapeHandle* units) {
   ShapeHandle x;
   TF_RETURN_IF_ERROR(c->WithRankAtLeast(c->input(0), 1, &x));
   return c->Subshape(x, 1, units);
+}
+
+// Checks the shapes of mean and variance, and what belongs to them, in a
+// gradient: that of one sample; or also [units], where there is a count, which
+// is a scalar. Then nothing is known of the sample's shape, and the kernel
+// checks it.
+absl::Status CheckStatistics(InferenceContext* c, std::vector<int> statistics,
+                             ShapeHandle units) {
+  int synchronized;
+  TF_RETURN_IF_ERROR(c->GetAttr("synchronized", &synchronized));
+  if (synchronized > 0) {
+    ShapeHandle scalar;
+    return c->WithRank(c->input(c->num_inputs() - 1), 0, &scalar);
+  }
+  for (const int i : statistics) {
+    TF_RETURN_IF_ERROR(c->Merge(units, c->input(i), &units));
+  }
+  return absl::OkStatus();
 }
 
 REGISTER_OP("LBE>BatchEntropy")
@@ -129,15 +152,16 @@ REGISTER_OP("LBE>BatchEntropyGrad")
     .Input("variance: result_type")
     .Input("entropy_grad: result_type")
     .Input("statistic_grads: statistics * result_type")
+    .Input("count: synchronized * result_type")
     .Output("dx: T")
     .LBE_ATTRIBUTES.Attr("statistics: int >= 0 = 0")
+    .Attr("synchronized: int >= 0 = 0")
     .SetShapeFn([](InferenceContext* c) -> absl::Status {
       ShapeHandle units, scalar;
       TF_RETURN_IF_ERROR(UnitShape(c, &units));
-      for (int i = 1; i < c->num_inputs(); ++i) {
-        if (i == 3) continue;
-        TF_RETURN_IF_ERROR(c->Merge(units, c->input(i), &units));
-      }
+      std::vector<int> statistics = {1, 2};
+      for (int i = 4; i < c->num_inputs(); ++i) statistics.push_back(i);
+      TF_RETURN_IF_ERROR(CheckStatistics(c, statistics, units));
       TF_RETURN_IF_ERROR(c->WithRank(c->input(3), 0, &scalar));
       c->set_output(0, c->input(0));
       return absl::OkStatus();
@@ -150,7 +174,10 @@ mean: The mean that it returned.
 variance: The variance that it returned.
 entropy_grad: The gradient with respect to the entropy, a scalar.
 statistic_grads: None, or the gradients with respect to mean and variance.
-dx: The gradient with respect to x; 0 where N < 2.
+count: None, or how many rows the whole batch has of which x is a shard, as
+  LBE>MergeMoments returns it. mean and variance are then those of that batch, of
+  the shape of one sample or [units], and N may be any number.
+dx: The gradient with respect to x; 0 where N < 2, or where count < 2.
 )doc");
 
 REGISTER_OP("LBE>Epilogue")
@@ -161,7 +188,7 @@ REGISTER_OP("LBE>Epilogue")
     .Output("mean: result_type")
     .Output("variance: result_type")
     .Output("valid: result_type")
-    .LBE_EPILOGUE_ATTRIBUTES
+    .LBE_ATTRIBUTES.LBE_EPILOGUE
     .SetShapeFn([](InferenceContext* c) -> absl::Status {
       ShapeHandle units;
       TF_RETURN_IF_ERROR(UnitShape(c, &units));
@@ -189,22 +216,102 @@ scale: As for LBE>BatchEntropy.
 offset: As for LBE>BatchEntropy.
 )doc");
 
+REGISTER_OP("LBE>EpilogueMoments")
+    .Input("z: T")
+    .Input("bias: biases * T")
+    .Output("y: T")
+    .Output("count: result_type")
+    .Output("mean: result_type")
+    .Output("m2: result_type")
+    .LBE_TYPES.LBE_EPILOGUE
+    .SetShapeFn([](InferenceContext* c) -> absl::Status {
+      ShapeHandle units;
+      TF_RETURN_IF_ERROR(UnitShape(c, &units));
+      c->set_output(0, c->input(0));
+      c->set_output(1, c->Scalar());
+      c->set_output(2, units);
+      c->set_output(3, units);
+      return absl::OkStatus();
+    })
+    .Doc(R"doc(
+y = activation(z + bias), and the moments of y in the same pass: what a shard of a
+batch gives to LBE>MergeMoments.
+
+z: The layer's products [N, ..., C] for any N, 0 and 1 included.
+bias: None, or one of shape [C].
+y: Of the shape of z, whose memory it takes where nobody else needs z; z itself where
+  there is neither a bias nor an activation.
+count: N. In float, numbers up to 2^24 are exact.
+mean: The mean of every unit of y, of the shape of one sample; 0 where N = 0.
+m2: The sum of the squared deviations from it; 0 where N < 2.
+activation: As for LBE>Epilogue.
+slope: As for LBE>Epilogue.
+)doc");
+
+REGISTER_OP("LBE>MergeMoments")
+    .Input("gathered: T")
+    .Input("ends: int64")
+    .Output("mean: T")
+    .Output("variance: T")
+    .Output("count: T")
+    .Output("entropy: T")
+    .Output("valid: T")
+    .Attr("T: {float, double}")
+    .LBE_FORMULA
+    .SetShapeFn([](InferenceContext* c) -> absl::Status {
+      ShapeHandle gathered, ends;
+      TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 2, &gathered));
+      TF_RETURN_IF_ERROR(c->WithRank(c->input(1), 1, &ends));
+      DimensionHandle units;
+      TF_RETURN_IF_ERROR(
+          c->Subtract(c->Dim(gathered, 1), c->Dim(ends, 0), &units));
+      TF_RETURN_IF_ERROR(
+          c->Divide(units, 2, /*evenly_divisible=*/true, &units));
+      for (int i = 0; i < 5; ++i) {
+        c->set_output(i, i < 2 ? c->Vector(units) : ends);
+      }
+      return absl::OkStatus();
+    })
+    .Doc(R"doc(
+Merges the moments of all layers and replicas into the statistics of the whole batch.
+
+Of a batch whose replicas have the same number of rows, 8 * 2^k, or the last one
+fewer, the results are those of LBE>BatchEntropy for all of it, bit for bit.
+
+gathered: [replicas, layers + 2 * units], what LBE>EpilogueMoments returned on every
+  replica: the counts of all layers, then the means of the units of all layers, then
+  their m2. A replica whose count of a layer is 0 is passed over there.
+ends: [layers], where the units of each layer end among all units. Ascending, and the
+  last one is their number. Checked on the CPU; on a GPU, results are undefined
+  where they are not.
+mean: [units], of the whole batch.
+variance: [units]; 0 where count < 2.
+count: [layers], how many rows the whole batch has. In float, numbers up to 2^24 are
+  exact.
+entropy: [layers]; 0 where count < 2 or the layer has no unit.
+valid: [layers], 1, or 0 where the entropy is not defined.
+T: The result_type of LBE>EpilogueMoments.
+ddof: As for LBE>BatchEntropy.
+scale: As for LBE>BatchEntropy.
+offset: As for LBE>BatchEntropy.
+)doc");
+
 REGISTER_OP("LBE>EpilogueGrad")
     .Input("dy: T")
     .Input("y: T")
     .Input("mean: result_type")
     .Input("variance: result_type")
     .Input("entropy_grad: result_type")
+    .Input("count: synchronized * result_type")
     .Output("dz: T")
     .Output("dbias: biases * T")
-    .LBE_EPILOGUE_ATTRIBUTES.Attr("index: int >= -1 = -1")
+    .LBE_ATTRIBUTES.LBE_EPILOGUE.Attr("index: int >= -1 = -1")
+    .Attr("synchronized: int >= 0 = 0")
     .SetShapeFn([](InferenceContext* c) -> absl::Status {
       ShapeHandle y, units, scalar;
       TF_RETURN_IF_ERROR(c->Merge(c->input(0), c->input(1), &y));
       TF_RETURN_IF_ERROR(UnitShape(c, &units));
-      for (int i : {2, 3}) {
-        TF_RETURN_IF_ERROR(c->Merge(units, c->input(i), &units));
-      }
+      TF_RETURN_IF_ERROR(CheckStatistics(c, {2, 3}, units));
       int64_t index;
       TF_RETURN_IF_ERROR(c->GetAttr("index", &index));
       TF_RETURN_IF_ERROR(c->WithRank(c->input(4), index < 0 ? 0 : 1, &scalar));
@@ -224,6 +331,7 @@ mean: The mean that it returned.
 variance: The variance that it returned.
 entropy_grad: The gradient with respect to the entropy, a scalar; or a vector of
   those of many layers.
+count: As for LBE>BatchEntropyGrad; the entropy adds nothing where count < 2.
 index: Of this layer in that vector, or -1.
 dz: The gradient with respect to z; in the memory of dy where nobody else needs it.
 dbias: That with respect to the bias, the sum of dz, if there is one.
@@ -266,6 +374,30 @@ class Cpu {
 
   absl::Status SetZero(Tensor* tensor) const {
     std::memset(tensor->data(), 0, tensor->TotalBytes());
+    return absl::OkStatus();
+  }
+  absl::Status Set(DType dtype, double value, Tensor* scalar) const {
+    SetScalar(dtype, value, scalar->data());
+    return absl::OkStatus();
+  }
+  // Of LBE>MergeMoments.
+  static absl::Status CheckEnds(const Tensor& ends, int64_t units) {
+    int64_t last = 0;
+    for (int64_t layer = 0; layer < ends.NumElements(); ++layer) {
+      const int64_t end = ends.vec<int64_t>()(layer);
+      const bool is_last = layer + 1 == ends.NumElements();
+      if (end < last || end > units || (is_last && end != units)) {
+        return InvalidArgument(
+            "ends must ascend to the number of units of all layers, ", units,
+            ". Received: ", end, " at ", layer, ", after ", last);
+      }
+      last = end;
+    }
+    return absl::OkStatus();
+  }
+  absl::Status Merge(const MergeProblem& problem,
+                     const MergeArguments& arguments) const {
+    MergeMomentsCpu(parallel(), problem, arguments);
     return absl::OkStatus();
   }
   int64_t ForwardWorkspace(const Problem& problem,
@@ -314,6 +446,17 @@ class Gpu {
   absl::Status SetZero(Tensor* tensor) const {
     return Status(SetZeroCuda(stream_, tensor->data(), tensor->TotalBytes()));
   }
+  absl::Status Set(DType dtype, double value, Tensor* scalar) const {
+    return Status(SetScalarCuda(stream_, dtype, value, scalar->data()));
+  }
+  // Nobody can look at them without waiting for the GPU.
+  static absl::Status CheckEnds(const Tensor& /*ends*/, int64_t /*units*/) {
+    return absl::OkStatus();
+  }
+  absl::Status Merge(const MergeProblem& problem,
+                     const MergeArguments& arguments) const {
+    return Status(MergeMomentsCuda(stream_, problem, arguments));
+  }
   int64_t ForwardWorkspace(const Problem& problem, bool has_epilogue) const {
     return ForwardCudaWorkspace(problem, has_epilogue);
   }
@@ -340,12 +483,16 @@ class Gpu {
 };
 #endif  // LBE_CUDA
 
-// What the kernels of all ops share.
+// What the kernels of all ops on activations share.
 template <typename Device>
 class Kernel : public OpKernel {
  public:
   explicit Kernel(OpKernelConstruction* context) : OpKernel(context) {
-    OP_REQUIRES_OK(context, ReadAttributes(context, &dtype_, &formula_));
+    OP_REQUIRES_OK(context, ReadTypes(context, &dtype_));
+    // LBE>EpilogueMoments has none.
+    if (context->HasAttr("ddof")) {
+      OP_REQUIRES_OK(context, ReadFormula(context, &formula_));
+    }
   }
 
   // Run where it becomes ready: a layer's statistics take less time than waking
@@ -353,12 +500,9 @@ class Kernel : public OpKernel {
   bool IsExpensive() override { return false; }
 
  protected:
-  // A batch of one has no entropy, but the output of an epilogue. Its variance
-  // is 0 then.
+  // Of a batch, or of a shard of one.
   Problem ProblemOf(const Sizes& sizes) const {
-    Problem problem{dtype_, sizes.rows, sizes.units, formula_};
-    if (!sizes.have_entropy()) problem.formula.ddof = 0;
-    return problem;
+    return {dtype_, sizes.rows, sizes.units, formula_};
   }
 
   // Runs a forward pass where `run` says so, with arguments that have x and
@@ -376,12 +520,13 @@ class Kernel : public OpKernel {
     const auto [entropy, mean, variance, valid] = outputs;
     const Device device(context);
     if (run) {
-      const Problem problem = ProblemOf(sizes);
+      Problem problem = ProblemOf(sizes);
+      // A batch of one has no entropy, but the output of an epilogue. Its
+      // variance is 0 then.
+      if (!sizes.have_entropy()) problem.formula.ddof = 0;
       Tensor workspace;
-      TF_RETURN_IF_ERROR(AllocateWorkspace(
-          context,
-          device.ForwardWorkspace(problem, arguments.epilogue != nullptr),
-          &workspace));
+      TF_RETURN_IF_ERROR(AllocateForwardWorkspace(context, device, problem,
+                                                  arguments, &workspace));
       arguments.workspace = workspace.data();
       arguments.entropy = entropy->data();
       arguments.mean = mean->data();
@@ -397,6 +542,13 @@ class Kernel : public OpKernel {
     return device.SetZero(valid);
   }
 
+  static absl::Status AllocateForwardWorkspace(
+      OpKernelContext* context, const Device& device, const Problem& problem,
+      const ForwardArguments& arguments, Tensor* workspace) {
+    const bool has_epilogue = arguments.epilogue != nullptr;
+    return AllocateWorkspace(
+        context, device.ForwardWorkspace(problem, has_epilogue), workspace);
+  }
   static absl::Status AllocateWorkspace(OpKernelContext* context, int64_t bytes,
                                         Tensor* workspace) {
     return context->allocate_temp(tensorflow::DT_INT8, TensorShape({bytes}),
@@ -435,18 +587,22 @@ class BatchEntropyOp : public Kernel<Device> {
 template <typename Device>
 class BatchEntropyGradOp : public Kernel<Device> {
  public:
-  using Kernel<Device>::Kernel;
+  explicit BatchEntropyGradOp(OpKernelConstruction* context)
+      : Kernel<Device>(context) {
+    OP_REQUIRES_OK(context, ReadSynchronized(context, &synchronized_));
+  }
 
   void Compute(OpKernelContext* context) override {
     const Tensor& x = context->input(0);
     Sizes sizes;
     OP_REQUIRES_OK(context, SizesOf(x, &sizes));
-    OP_REQUIRES_OK(context, CheckGradInputs(InputDims(context)));
+    OP_REQUIRES_OK(context, CheckGradInputs(InputDims(context), synchronized_));
     Tensor* dx;
     OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
                                 {0}, 0, x.shape(), &dx));
+    if (sizes.empty()) return;
     const Device device(context);
-    if (!sizes.have_entropy()) {
+    if (!synchronized_ && !sizes.have_entropy()) {
       OP_REQUIRES_OK(context, device.SetZero(dx));
       return;
     }
@@ -455,13 +611,20 @@ class BatchEntropyGradOp : public Kernel<Device> {
     arguments.mean = context->input(1).data();
     arguments.variance = context->input(2).data();
     arguments.entropy_grad = context->input(3).data();
-    if (context->num_inputs() > 4) {
+    const int counts = synchronized_ ? 1 : 0;
+    if (context->num_inputs() - counts > 4) {
       arguments.mean_grad = context->input(4).data();
       arguments.variance_grad = context->input(5).data();
+    }
+    if (synchronized_) {
+      arguments.count = context->input(context->num_inputs() - 1).data();
     }
     arguments.dx = dx->data();
     OP_REQUIRES_OK(context, device.Gradient(this->ProblemOf(sizes), arguments));
   }
+
+ private:
+  bool synchronized_;
 };
 
 // What the kernels of an epilogue and its gradient share.
@@ -474,6 +637,32 @@ class EpilogueKernel : public Kernel<Device> {
   }
 
  protected:
+  // The arguments of a forward pass of z that belong to the epilogue, which is
+  // made here, too; allocates y, the first output.
+  absl::Status ForwardArgumentsOf(OpKernelContext* context, Epilogue* epilogue,
+                                  ForwardArguments* arguments) const {
+    const Tensor& z = context->input(0);
+    *epilogue = EpilogueOf(z);
+    if (has_bias_) {
+      const Tensor& bias = context->input(1);
+      TF_RETURN_IF_ERROR(
+          CheckBias(z.shape().dim_sizes(), bias.shape().dim_sizes()));
+      epilogue->bias = bias.data();
+    }
+    Tensor* y;
+    if (epilogue->activation == Activation::kLinear && !has_bias_) {
+      context->set_output(0, z);  // not even a copy
+      y = context->mutable_output(0);
+    } else {
+      TF_RETURN_IF_ERROR(
+          context->forward_input_or_allocate_output({0}, 0, z.shape(), &y));
+    }
+    arguments->x = z.data();
+    arguments->epilogue = epilogue;
+    arguments->y = y->data();
+    return absl::OkStatus();
+  }
+
   // The epilogue of z or y, without its bias.
   Epilogue EpilogueOf(const Tensor& activations) const {
     Epilogue epilogue = epilogue_;
@@ -494,30 +683,54 @@ class EpilogueOp : public EpilogueKernel<Device> {
   using EpilogueKernel<Device>::EpilogueKernel;
 
   void Compute(OpKernelContext* context) override {
-    const Tensor& z = context->input(0);
     Sizes sizes;
-    OP_REQUIRES_OK(context, SizesOf(z, &sizes));
-    Epilogue epilogue = this->EpilogueOf(z);
-    if (this->has_bias_) {
-      const Tensor& bias = context->input(1);
-      OP_REQUIRES_OK(
-          context, CheckBias(z.shape().dim_sizes(), bias.shape().dim_sizes()));
-      epilogue.bias = bias.data();
-    }
-    Tensor* y;
-    if (epilogue.activation == Activation::kLinear && !this->has_bias_) {
-      context->set_output(0, z);  // not even a copy
-      y = context->mutable_output(0);
-    } else {
-      OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
-                                  {0}, 0, z.shape(), &y));
-    }
+    OP_REQUIRES_OK(context, SizesOf(context->input(0), &sizes));
+    Epilogue epilogue;
     ForwardArguments arguments;
-    arguments.x = z.data();
-    arguments.epilogue = &epilogue;
-    arguments.y = y->data();
+    OP_REQUIRES_OK(context,
+                   this->ForwardArgumentsOf(context, &epilogue, &arguments));
     OP_REQUIRES_OK(context, this->Forward(context, sizes, !sizes.empty(),
                                           /*first=*/1, arguments));
+  }
+};
+
+template <typename Device>
+class EpilogueMomentsOp : public EpilogueKernel<Device> {
+ public:
+  using EpilogueKernel<Device>::EpilogueKernel;
+
+  void Compute(OpKernelContext* context) override {
+    Sizes sizes;
+    OP_REQUIRES_OK(context, SizesOf(context->input(0), &sizes));
+    Epilogue epilogue;
+    ForwardArguments arguments;
+    OP_REQUIRES_OK(context,
+                   this->ForwardArgumentsOf(context, &epilogue, &arguments));
+    Tensor *count, *mean, *m2;
+    OP_REQUIRES_OK(context,
+                   context->allocate_output(1, TensorShape({}), &count));
+    OP_REQUIRES_OK(context,
+                   context->allocate_output(2, sizes.unit_shape, &mean));
+    OP_REQUIRES_OK(context, context->allocate_output(3, sizes.unit_shape, &m2));
+    const Device device(context);
+    const Problem problem = this->ProblemOf(sizes);
+    if (sizes.empty()) {
+      OP_REQUIRES_OK(context, device.SetZero(mean));
+      OP_REQUIRES_OK(context, device.SetZero(m2));
+      OP_REQUIRES_OK(
+          context,
+          device.Set(problem.dtype, static_cast<double>(sizes.rows), count));
+      return;
+    }
+    Tensor workspace;
+    OP_REQUIRES_OK(context,
+                   this->AllocateForwardWorkspace(context, device, problem,
+                                                  arguments, &workspace));
+    arguments.workspace = workspace.data();
+    arguments.mean = mean->data();
+    arguments.m2 = m2->data();
+    arguments.count = count->data();
+    OP_REQUIRES_OK(context, device.Forward(problem, arguments));
   }
 };
 
@@ -527,6 +740,7 @@ class EpilogueGradOp : public EpilogueKernel<Device> {
   explicit EpilogueGradOp(OpKernelConstruction* context)
       : EpilogueKernel<Device>(context) {
     OP_REQUIRES_OK(context, ReadIndex(context, &index_));
+    OP_REQUIRES_OK(context, ReadSynchronized(context, &synchronized_));
   }
 
   void Compute(OpKernelContext* context) override {
@@ -535,8 +749,8 @@ class EpilogueGradOp : public EpilogueKernel<Device> {
     const Tensor& entropy_grad = context->input(4);
     Sizes sizes;
     OP_REQUIRES_OK(context, SizesOf(y, &sizes));
-    OP_REQUIRES_OK(context,
-                   CheckEpilogueGradInputs(InputDims(context), index_));
+    OP_REQUIRES_OK(context, CheckEpilogueGradInputs(InputDims(context), index_,
+                                                    synchronized_));
     Tensor *dz, *dbias = nullptr;
     OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
                                 {0}, 0, y.shape(), &dz));
@@ -559,13 +773,15 @@ class EpilogueGradOp : public EpilogueKernel<Device> {
     arguments.entropy_grad =
         static_cast<const char*>(entropy_grad.data()) +
         std::max<int64_t>(index_, 0) * ResultBytes(problem.dtype);
-    // The entropy of a batch of one is 0, whatever y is.
+    // A batch of one has no entropy: as if it were spread, with a count of 0.
     Tensor zero;
-    if (!sizes.have_entropy()) {
+    if (synchronized_) {
+      arguments.count = context->input(5).data();
+    } else if (!sizes.have_entropy()) {
       OP_REQUIRES_OK(context, context->allocate_temp(entropy_grad.dtype(),
                                                      TensorShape({}), &zero));
       OP_REQUIRES_OK(context, device.SetZero(&zero));
-      arguments.entropy_grad = zero.data();
+      arguments.count = zero.data();
     }
     arguments.epilogue = &epilogue;
     arguments.dy = dy.data();
@@ -585,6 +801,50 @@ class EpilogueGradOp : public EpilogueKernel<Device> {
 
  private:
   int64_t index_;
+  bool synchronized_;
+};
+
+template <typename Device>
+class MergeMomentsOp : public OpKernel {
+ public:
+  explicit MergeMomentsOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, ToDType(context->input_type(0), &dtype_));
+    OP_REQUIRES_OK(context, ReadFormula(context, &formula_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& gathered = context->input(0);
+    const Tensor& ends = context->input(1);
+    OP_REQUIRES_OK(context, CheckMergeInputs(gathered.shape().dim_sizes(),
+                                             ends.shape().dim_sizes()));
+    const int64_t layers = ends.dim_size(0);
+    const int64_t units = (gathered.dim_size(1) - layers) / 2;
+    OP_REQUIRES_OK(context, Device::CheckEnds(ends, units));
+    std::array<void*, 5> outputs;
+    for (int i = 0; i < 5; ++i) {
+      Tensor* output;
+      OP_REQUIRES_OK(context,
+                     context->allocate_output(
+                         i, TensorShape({i < 2 ? units : layers}), &output));
+      outputs[i] = output->data();
+    }
+    if (layers == 0) return;
+    MergeArguments arguments;
+    arguments.gathered = gathered.data();
+    arguments.ends = static_cast<const int64_t*>(ends.data());
+    arguments.mean = outputs[0];
+    arguments.variance = outputs[1];
+    arguments.count = outputs[2];
+    arguments.entropy = outputs[3];
+    arguments.valid = outputs[4];
+    OP_REQUIRES_OK(context, Device(context).Merge({dtype_, gathered.dim_size(0),
+                                                   layers, units, formula_},
+                                                  arguments));
+  }
+
+ private:
+  DType dtype_;
+  Formula formula_;
 };
 
 #define LBE_REGISTER(device, launchers, type)                                \
@@ -599,19 +859,28 @@ class EpilogueGradOp : public EpilogueKernel<Device> {
       EpilogueOp<launchers>);                                                \
   REGISTER_KERNEL_BUILDER(                                                   \
       Name("LBE>EpilogueGrad").Device(device).TypeConstraint("T", type),     \
-      EpilogueGradOp<launchers>);
+      EpilogueGradOp<launchers>);                                            \
+  REGISTER_KERNEL_BUILDER(                                                   \
+      Name("LBE>EpilogueMoments").Device(device).TypeConstraint("T", type),  \
+      EpilogueMomentsOp<launchers>);
+#define LBE_REGISTER_MERGE(device, launchers)                      \
+  REGISTER_KERNEL_BUILDER(Name("LBE>MergeMoments").Device(device), \
+                          MergeMomentsOp<launchers>);
+LBE_REGISTER_MERGE(tensorflow::DEVICE_CPU, Cpu)
 #define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
   LBE_REGISTER(tensorflow::DEVICE_CPU, Cpu, tensorflow::tensorflow_name)
 LBE_FOR_EACH_DTYPE(LBE_DTYPE)
 #undef LBE_DTYPE
 
 #ifdef LBE_CUDA
+LBE_REGISTER_MERGE(tensorflow::DEVICE_GPU, Gpu)
 #define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
   LBE_REGISTER(tensorflow::DEVICE_GPU, Gpu, tensorflow::tensorflow_name)
 LBE_FOR_EACH_DTYPE(LBE_DTYPE)
 #undef LBE_DTYPE
 #endif
 #undef LBE_REGISTER
+#undef LBE_REGISTER_MERGE
 
 }  // namespace
 }  // namespace lbe

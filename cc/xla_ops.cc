@@ -234,9 +234,23 @@ class BatchEntropyLowering : public StatisticsLowering {
   bool zero_small_batch_;
 };
 
+// Refuses what has no lowering: the statistics of a batch that is spread over
+// replicas.
+absl::Status CheckNotSynchronized(OpKernelConstruction* context) {
+  bool synchronized;
+  TF_RETURN_IF_ERROR(ReadSynchronized(context, &synchronized));
+  if (!synchronized) return absl::OkStatus();
+  return absl::UnimplementedError(
+      "lbe_ops cannot compile the gradient of a synchronized entropy with XLA "
+      "(jit_compile=True); native=False uses plain TensorFlow, which can");
+}
+
 class BatchEntropyGradLowering : public Lowering {
  public:
-  using Lowering::Lowering;
+  explicit BatchEntropyGradLowering(OpKernelConstruction* context)
+      : Lowering(context) {
+    OP_REQUIRES_OK(context, CheckNotSynchronized(context));
+  }
 
   void Compile(XlaOpKernelContext* context) override {
     const absl::StatusOr<Shape> shape = context->InputXlaShape(0);
@@ -325,6 +339,7 @@ class EpilogueGradLowering : public Lowering, EpilogueAttributes {
  public:
   explicit EpilogueGradLowering(OpKernelConstruction* context)
       : Lowering(context), EpilogueAttributes(context) {
+    OP_REQUIRES_OK(context, CheckNotSynchronized(context));
     OP_REQUIRES_OK(context, ReadIndex(context, &index_));
   }
 

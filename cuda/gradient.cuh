@@ -30,10 +30,12 @@ struct DeviceGradient {
   Element* dx;       // dz of an epilogue
   const Scalar* mean;
   const Scalar* variance;
-  const Scalar* entropy_grad;   // scalar
-  const Scalar* mean_grad;      // null without kStatistics
-  const Scalar* variance_grad;  // null without kStatistics
-  GradientFactors<Scalar> factors;
+  const Scalar* entropy_grad;       // scalar
+  const Scalar* mean_grad;          // null without kStatistics
+  const Scalar* variance_grad;      // null without kStatistics
+  GradientFactors<Scalar> factors;  // unless there is a count
+  const Scalar* count;              // scalar, or null
+  Formula formula;
   // Of an epilogue alone.
   const Element* dy;  // may be dx
   Activation activation;
@@ -92,6 +94,25 @@ __device__ void WriteSums(const DeviceGradient<Element>& a, const Cut& cut,
   __syncthreads();
 }
 
+// Writes zeros to the rows of a block: the gradient of a batch without an
+// entropy, whatever x holds.
+template <typename Element, int kVector>
+__device__ void WriteZeros(const Cut& cut, const Place& place,
+                           const Pieces<kVector>& pieces, Element* dx) {
+  constexpr int kPieces = kColumns<Element> / kVector;
+  const int rows = place.rows(cut);
+  dx += place.first_row(cut) * cut.units + place.first_column(cut);
+#pragma unroll 1
+  for (int row = place.group; row < rows; row += cut.groups) {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (!pieces.inside(piece)) continue;
+      WriteWords<Element, kVector>({},
+                                   dx + row * cut.units + pieces.column(piece));
+    }
+  }
+}
+
 // A block has the rows of its split: its groups one row each in turn, or, where
 // rows are added up, one leaf. In kernels for whole vectors, the statistics
 // start at multiples of 16 bytes, too.
@@ -120,6 +141,14 @@ __global__ void __launch_bounds__(kThreads,
   int row = kSums ? place.group * kLeafRows : place.group;
   int64_t offset = (first + row) * cut.units + tile_column;
 
+  GradientFactors<Scalar> factors = a.factors;
+  if (a.count != nullptr) {
+    factors = GradientFactorsOfCount(*a.count, cut.units, a.formula);
+    if constexpr (!kEpilogue) {
+      if (factors.entropy == 0) return WriteZeros(cut, place, pieces, a.dx);
+    }
+  }
+
   // A batch is read before it is written, since dx may be x or dy, and the
   // first one before the thread waits for its columns' statistics.
   struct Row {
@@ -145,7 +174,7 @@ __global__ void __launch_bounds__(kThreads,
   };
   read();
 
-  const Scalar share = EntropyShare(*a.entropy_grad, a.factors);
+  const Scalar share = EntropyShare(*a.entropy_grad, factors);
   Scalar mean[kPieces][kVector] = {}, reciprocal[kPieces][kVector] = {};
   Scalar slope[kPieces][kVector] = {}, unit_offset[kPieces][kVector] = {};
 #pragma unroll
@@ -161,9 +190,9 @@ __global__ void __launch_bounds__(kThreads,
     }
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      reciprocal[piece][i] = Reciprocal(reciprocal[piece][i], a.factors);
-      slope[piece][i] = VarianceSlope(slope[piece][i], a.factors);
-      unit_offset[piece][i] = MeanOffset(unit_offset[piece][i], a.factors);
+      reciprocal[piece][i] = Reciprocal(reciprocal[piece][i], factors);
+      slope[piece][i] = VarianceSlope(slope[piece][i], factors);
+      unit_offset[piece][i] = MeanOffset(unit_offset[piece][i], factors);
     }
   }
 

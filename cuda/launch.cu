@@ -6,7 +6,8 @@
 // A forward pass is one launch of Statistics, after one small memset where it
 // needs several blocks: their tickets have to be zeros, and no memory that
 // outlives a call could be shared by calls on two streams. A gradient is one
-// launch of Gradient, and where a bias wants one, one of SumBias. Nothing but
+// launch of Gradient, and where a bias wants one, one of SumBias. The moments
+// of all layers and replicas merge in one launch of MergeMoments. Nothing but
 // kernels and memsets: all of it can be captured in a CUDA graph, and each
 // replay starts with tickets of its own.
 //
@@ -26,6 +27,7 @@
 #include <initializer_list>
 
 #include "gradient.cuh"
+#include "merge.cuh"
 #include "statistics.cuh"
 
 namespace lbe {
@@ -186,6 +188,8 @@ int Forward(cudaStream_t stream, const Problem& problem,
       {problem.formula, EntropyFactorsOf<Scalar>(problem.formula),
        static_cast<Scalar*>(arguments.mean),
        static_cast<Scalar*>(arguments.variance),
+       static_cast<Scalar*>(arguments.m2),
+       static_cast<Scalar*>(arguments.count),
        static_cast<Scalar*>(arguments.entropy),
        static_cast<Scalar*>(arguments.valid), reinterpret_cast<double*>(base)},
   };
@@ -265,8 +269,12 @@ int Backward(cudaStream_t stream, const Problem& problem,
   gradient.mean = static_cast<const Scalar*>(arguments.mean);
   gradient.variance = static_cast<const Scalar*>(arguments.variance);
   gradient.entropy_grad = static_cast<const Scalar*>(arguments.entropy_grad);
-  gradient.factors =
-      GradientFactorsOf<Scalar>(problem.rows, problem.units, problem.formula);
+  gradient.count = static_cast<const Scalar*>(arguments.count);
+  gradient.formula = problem.formula;
+  if (gradient.count == nullptr) {
+    gradient.factors =
+        GradientFactorsOf<Scalar>(problem.rows, problem.units, problem.formula);
+  }
   if (arguments.epilogue == nullptr) {
     if (arguments.mean_grad == nullptr) {
       return LaunchGradient<GradientOf::kEntropy>(stream, problem, gradient,
@@ -299,6 +307,29 @@ int Backward(cudaStream_t stream, const Problem& problem,
 }
 
 template <typename Scalar>
+int LaunchMerge(cudaStream_t stream, const MergeProblem& problem,
+                const MergeArguments& arguments) {
+  if (problem.layers > kMostBlocks || problem.replicas > kMostReplicas) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const DeviceMerge<Scalar> merge = {
+      problem,
+      EntropyFactorsOf<Scalar>(problem.formula),
+      static_cast<const Scalar*>(arguments.gathered),
+      arguments.ends,
+      static_cast<Scalar*>(arguments.mean),
+      static_cast<Scalar*>(arguments.variance),
+      static_cast<Scalar*>(arguments.count),
+      static_cast<Scalar*>(arguments.entropy),
+      static_cast<Scalar*>(arguments.valid),
+  };
+  return Launched([&] {
+    LBE_LAUNCH(MergeMoments<Scalar>, static_cast<unsigned>(problem.layers),
+               kThreads, stream, merge);
+  });
+}
+
+template <typename Scalar>
 __global__ void Write(Scalar value, Scalar* to) {
   *to = value;
 }
@@ -320,6 +351,14 @@ int GradientCuda(void* stream, const Problem& problem,
     using Element = typename decltype(types)::Element;
     return Backward<Element>(static_cast<cudaStream_t>(stream), problem,
                              arguments, blocks);
+  });
+}
+
+int MergeMomentsCuda(void* stream, const MergeProblem& problem,
+                     const MergeArguments& arguments) {
+  return WithTypes(problem.dtype, [&](auto types) {
+    return LaunchMerge<typename decltype(types)::Result>(
+        static_cast<cudaStream_t>(stream), problem, arguments);
   });
 }
 

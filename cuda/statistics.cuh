@@ -146,6 +146,8 @@ struct Results {
   EntropyFactors<Scalar> factors;
   Scalar* mean;        // [units]
   Scalar* variance;    // [units]
+  Scalar* m2;          // [units]: the moments alone are wanted; or null
+  Scalar* count;       // scalar, with m2; or null
   Scalar* entropy;     // scalar
   Scalar* valid;       // scalar, or null
   double* group_sums;  // [units / kGroupUnits], rounded up
@@ -310,6 +312,21 @@ __device__ void Finish(const Cut& cut, int tile, const Moments<Scalar>& moments,
   }
 }
 
+// Writes the moments of all rows, thread t for column t of the tile.
+template <typename Scalar>
+__device__ void WriteMoments(const Cut& cut, int tile,
+                             const Moments<Scalar>& moments,
+                             const Results<Scalar>& results) {
+  const int64_t column = int64_t{tile} * cut.tile_columns + Thread();
+  if (Thread() < cut.tile_columns && column < cut.units) {
+    results.mean[column] = moments.mean;
+    results.m2[column] = moments.m2;
+  }
+  if (column == 0 && results.count != nullptr) {
+    *results.count = static_cast<Scalar>(cut.rows);
+  }
+}
+
 // A forward pass as the kernel takes it.
 template <typename Scalar>
 struct DeviceForward {
@@ -329,6 +346,10 @@ __device__ __noinline__ void FinishBlock(const DeviceForward<Scalar>& forward,
   const Place place(cut);
   // All threads of a block return, or none.
   if (!MergeSplits(cut, place, forward.partials, &moments)) return;
+  if (forward.results.m2 != nullptr) {
+    WriteMoments(cut, place.tile, moments, forward.results);
+    return;
+  }
   Finish(cut, place.tile, moments, forward.results);
   if (cut.tiles == 1) {
     __syncthreads();

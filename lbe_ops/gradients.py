@@ -88,6 +88,32 @@ def _register(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
+def _refuse_synchronized(op: tf.Operation) -> None:
+    if op.get_attr("synchronized"):
+        raise NotImplementedError(
+            f"The native op has no second derivative of a synchronized entropy "
+            f"({op.type}): use native=False or synchronized=False."
+        )
+
+
+@_register("LBE>EpilogueMoments")
+def _epilogue_moments_grad(op: tf.Operation, *_: tf.Tensor) -> None:
+    raise NotImplementedError(
+        f"{op.type} has no gradient of its own: it takes the statistics of the batch "
+        "of all replicas, which are known after the collective alone. Differentiate "
+        "inside of the function that strategy.run() runs, or use native=False."
+    )
+
+
+@_register("LBE>MergeMoments")
+def _merge_moments_grad(op: tf.Operation, *_: tf.Tensor) -> None:
+    raise NotImplementedError(
+        f"{op.type} has no gradient: that of the entropies that it returns is made "
+        "of its statistics, by LBE>BatchEntropyGrad and LBE>EpilogueGrad. Use "
+        "native=False to differentiate through the moments themselves."
+    )
+
+
 @_register("LBE>BatchEntropy")
 def _batch_entropy_grad(
     op: tf.Operation,
@@ -117,6 +143,7 @@ def _batch_entropy_grad_grad(
     dx depends on x alone: mean and variance are x's own, so that what flows back
     through them is part of the gradient with respect to x.
     """
+    _refuse_synchronized(op)
     x, _, _, *grads = op.inputs
     formula = {
         "ddof": op.get_attr("ddof"),
@@ -152,6 +179,7 @@ def _epilogue_grad_grad(op: tf.Operation, *grads: tf.Tensor) -> list[tf.Tensor |
     mean and variance are those of y, so that what flows back through them is part of
     the gradient with respect to y.
     """
+    _refuse_synchronized(op)
     dy, y, _, _, entropy_grads = op.inputs
     index = op.get_attr("index")
     formula = {

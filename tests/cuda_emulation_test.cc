@@ -4,7 +4,8 @@
 // with the definition of their results, walked column by column: the tree of
 // batch_entropy.h, and the orders of summation there and in activations.h. What
 // an epilogue makes is compared with the CPU's kernels, too, bit for bit, and
-// with the formula in double.
+// with the formula in double; so are the shards of a batch that is spread over
+// replicas, and their merge, and with one call for the whole batch.
 //
 // test_cuda_emulation.py compiles this with and without sanitizers, and with
 // faults planted into the kernels, which this must then find. Every buffer has
@@ -137,6 +138,24 @@ struct Defined {
     entropy = static_cast<Scalar>(SumHalves<kSumLanes>(lanes) /
                                   static_cast<double>(problem.units));
   }
+};
+
+// The kernels of the CPU run on this thread alone, in a workspace of at least
+// so many bytes that is aligned to 64.
+const Parallel kAlone = {
+    1, nullptr,
+    [](void*, int, void (*body)(void*), void* argument) { body(argument); }};
+
+class CpuWorkspace {
+ public:
+  explicit CpuWorkspace(int64_t bytes) : doubles_((bytes + 7) / 8 + 8) {}
+  void* get() {
+    return reinterpret_cast<void*>(
+        (reinterpret_cast<uintptr_t>(doubles_.get()) + 63) / 64 * 64);
+  }
+
+ private:
+  Buffer<double> doubles_;
 };
 
 // Counts a failure, one for each case, and says of what.
@@ -397,25 +416,18 @@ template <typename Element, typename Scalar>
 void CpuEpilogue(const Problem& problem, const Epilogue& epilogue,
                  const Element* z, const Element* dy, Scalar entropy_grad,
                  EpilogueResults<Element, Scalar>* to) {
-  const Parallel alone = {
-      1, nullptr,
-      [](void*, int, void (*body)(void*), void* argument) { body(argument); }};
-  // Aligned to 64 bytes.
-  const int64_t bytes =
+  CpuWorkspace workspace(
       std::max(ForwardCpuWorkspace(problem, 1),
-               GradientCpuWorkspace(problem, epilogue.channels));
-  Buffer<double> workspace(Doubles(bytes) + 8);
-  void* aligned = reinterpret_cast<void*>(
-      (reinterpret_cast<uintptr_t>(workspace.get()) + 63) / 64 * 64);
+               GradientCpuWorkspace(problem, epilogue.channels)));
   ForwardArguments forward;
   forward.x = z;
   forward.epilogue = &epilogue;
   forward.y = to->y;
-  forward.workspace = aligned;
+  forward.workspace = workspace.get();
   forward.entropy = to->entropy.get();
   forward.mean = to->mean.get();
   forward.variance = to->variance.get();
-  ForwardCpu(alone, problem, forward);
+  ForwardCpu(kAlone, problem, forward);
   GradientArguments backward;
   backward.x = to->y;
   backward.mean = to->mean.get();
@@ -423,10 +435,10 @@ void CpuEpilogue(const Problem& problem, const Epilogue& epilogue,
   backward.entropy_grad = &entropy_grad;
   backward.epilogue = &epilogue;
   backward.dy = dy;
-  backward.workspace = aligned;
+  backward.workspace = workspace.get();
   backward.dx = to->dz;
   if (epilogue.bias != nullptr) backward.dbias = to->dbias.get();
-  GradientCpu(alone, problem, backward);
+  GradientCpu(kAlone, problem, backward);
 }
 
 // activation(z) and its derivative.
@@ -625,6 +637,299 @@ void TestEpilogues(DType dtype, const std::vector<Case>& all, bool thorough) {
   }
 }
 
+// A merge by both kernels, into buffers of exactly the promised sizes.
+template <typename Scalar>
+struct MergeResults {
+  explicit MergeResults(const MergeProblem& problem)
+      : mean(problem.units),
+        variance(problem.units),
+        count(problem.layers),
+        entropy(problem.layers),
+        valid(problem.layers) {}
+  MergeArguments Arguments(Buffer<Scalar>* gathered, Buffer<int64_t>* ends) {
+    return {gathered->get(), ends->get(),   mean.get(), variance.get(),
+            count.get(),     entropy.get(), valid.get()};
+  }
+  Buffer<Scalar> mean, variance, count, entropy, valid;
+};
+
+// Runs it, and compares the results of CUDA with those of the CPU.
+template <typename Scalar>
+void Merge(const MergeProblem& problem, Buffer<Scalar>* gathered,
+           Buffer<int64_t>* ends, Expect* expect, MergeResults<Scalar>* cuda) {
+  MergeResults<Scalar> cpu(problem);
+  MergeMomentsCpu(kAlone, problem, cpu.Arguments(gathered, ends));
+  int error = 0;
+  const auto operations = Operations([&] {
+    error = MergeMomentsCuda(nullptr, problem, cuda->Arguments(gathered, ends));
+  });
+  (*expect)(error == 0, "success of the merge", error);
+  (*expect)(operations.size() == 1 && operations[0].blocks == problem.layers,
+            "operations of the merge", static_cast<int64_t>(operations.size()));
+  for (int64_t u = 0; u < problem.units; ++u) {
+    (*expect)(SameBits(cuda->mean[u], cpu.mean[u]), "merged mean of unit", u);
+    (*expect)(SameBits(cuda->variance[u], cpu.variance[u]),
+              "merged variance of unit", u);
+  }
+  for (int64_t layer = 0; layer < problem.layers; ++layer) {
+    (*expect)(SameBits(cuda->count[layer], cpu.count[layer]), "count of layer",
+              layer);
+    (*expect)(SameBits(cuda->entropy[layer], cpu.entropy[layer]),
+              "entropy of layer", layer);
+    (*expect)(SameBits(cuda->valid[layer], cpu.valid[layer]), "valid of layer",
+              layer);
+  }
+}
+
+// Layers of these widths, of random moments; in some replicas a layer has no
+// row, and then numbers that nobody may use.
+template <typename Scalar>
+void TestMerge(DType dtype, int64_t replicas, std::vector<int64_t> widths) {
+  const int64_t layers = static_cast<int64_t>(widths.size());
+  Buffer<int64_t> ends(layers);
+  int64_t units = 0;
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    ends[layer] = units += widths[layer];
+  }
+  Expect expect(dtype, {replicas, units, 0, 0},
+                ", a merge of so many replicas");
+  const MergeProblem problem = {
+      dtype, replicas, layers, units, {8.5, replicas % 2 * 0.75, units % 2}};
+  const int64_t pitch = PitchOf(problem);
+  Buffer<Scalar> gathered(replicas * pitch);
+  std::mt19937 random(static_cast<unsigned>(replicas + units));
+  std::normal_distribution<float> normal(3.f, 2.f);
+  for (int64_t r = 0; r < replicas; ++r) {
+    Scalar* const row = gathered.get() + r * pitch;
+    int64_t unit = layers;
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      row[layer] = static_cast<Scalar>(random() % 3 * (random() % 50));
+      for (int64_t u = 0; u < widths[layer]; ++u, ++unit) {
+        if (row[layer] == 0) continue;
+        row[unit] = normal(random);
+        row[unit + units] = std::fabs(normal(random));
+      }
+    }
+  }
+  MergeResults<Scalar> merged(problem);
+  Merge(problem, &gathered, &ends, &expect, &merged);
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    Scalar rows = 0;
+    for (int64_t r = 0; r < replicas; ++r) rows += gathered[r * pitch + layer];
+    expect(merged.count[layer] == rows, "the sum of counts", layer);
+    expect(merged.valid[layer] == (rows >= 2 && widths[layer] > 0),
+           "whether there is an entropy", layer);
+    expect(merged.valid[layer] == 1 || merged.entropy[layer] == 0, "no entropy",
+           layer);
+  }
+#if !defined(__SANITIZE_THREAD__)
+  // Nothing outside is read or written, whatever the ends are. Blocks may then
+  // write to the same units.
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    ends[layer] = static_cast<int64_t>(random() % (4 * units + 1)) - units;
+  }
+  const int error =
+      MergeMomentsCuda(nullptr, problem, merged.Arguments(&gathered, &ends));
+  expect(error == 0, "success with ends that do not fit", error);
+#endif
+}
+
+// A batch of which each shard makes y = relu(z + bias): moments, merge and
+// gradients by both kernels, and by one call with the whole batch, whose bits
+// they have where the shards are nodes of its tree.
+template <typename Element, typename Scalar>
+void TestShards(DType dtype, const std::vector<int64_t>& shards, int64_t units,
+                int64_t channels, int blocks, bool same_bits) {
+  using C = Convert<Element>;
+  int64_t rows = 0;
+  for (const int64_t shard : shards) rows += shard;
+  const Case c = {rows, units, blocks, 0};
+  Expect expect(dtype, c,
+                ", " + std::to_string(shards.size()) + " shards, the first " +
+                    std::to_string(shards[0]));
+  const Formula formula = {8.5, rows < 2 ? 0 : 0.75, units % 2};
+  const int64_t elements = rows * units;
+  Buffer<Element> z(elements), dy(elements), y(elements), bias(channels);
+  Buffer<Element> whole_dx(elements), whole_dbias(channels);
+  std::mt19937 random(static_cast<unsigned>(elements));
+  std::normal_distribution<float> normal(0.25f, 2.f);
+  for (int64_t i = 0; i < elements; ++i) {
+    z[i] = C::Round(static_cast<Scalar>(normal(random)));
+    dy[i] = C::Round(static_cast<Scalar>(normal(random)));
+  }
+  for (int64_t i = 0; i < channels; ++i) {
+    bias[i] = C::Round(static_cast<Scalar>(normal(random)));
+  }
+  Buffer<Scalar> mean_grad(units), variance_grad(units);
+  for (int64_t u = 0; u < units; ++u) {
+    mean_grad[u] = static_cast<Scalar>(u % 3);
+    variance_grad[u] = static_cast<Scalar>(u % 5);
+  }
+  Epilogue epilogue;
+  epilogue.activation = Activation::kRelu;
+  epilogue.bias = bias.get();
+  epilogue.channels = channels;
+
+  // Beside the layer another one of the same moments, and one without a unit.
+  const MergeProblem merge = {
+      sizeof(Scalar) == 8 ? DType::kFloat64 : DType::kFloat32,
+      static_cast<int64_t>(shards.size()), 3, 2 * units, formula};
+  Buffer<Scalar> gathered(merge.replicas * PitchOf(merge));
+  Buffer<int64_t> ends(3);
+  ends[0] = ends[1] = units;
+  ends[2] = 2 * units;
+  const SubnormalsAreZero zeros;
+  int64_t first = 0;
+  for (size_t r = 0; r < shards.size(); first += shards[r] * units, ++r) {
+    Scalar* const row =
+        gathered.get() + static_cast<int64_t>(r) * PitchOf(merge);
+    std::fill_n(row, 3, static_cast<Scalar>(shards[r]));
+    if (shards[r] == 0) continue;
+    const Problem problem = {dtype, shards[r], units, formula};
+    Buffer<Scalar> mean(units), m2(units), count(1);
+    Buffer<Scalar> cpu_mean(units), cpu_m2(units), cpu_count(1);
+    Buffer<Element> y_of_shard(shards[r] * units);
+    ForwardArguments forward;
+    forward.x = z.get() + first;
+    forward.epilogue = &epilogue;
+    forward.y = y.get() + first;
+    forward.mean = cpu_mean.get();
+    forward.m2 = cpu_m2.get();
+    forward.count = cpu_count.get();
+    CpuWorkspace workspace(ForwardCpuWorkspace(problem, 1));
+    forward.workspace = workspace.get();
+    ForwardCpu(kAlone, problem, forward);
+    forward.y = y_of_shard.get();
+    forward.mean = mean.get();
+    forward.m2 = m2.get();
+    forward.count = count.get();
+    ForwardInEachOrder(problem, forward, blocks, &expect, [&] {
+      expect(count[0] == static_cast<Scalar>(shards[r]) &&
+                 cpu_count[0] == count[0],
+             "count of a shard", shards[r]);
+      for (int64_t i = 0; i < y_of_shard.count(); ++i) {
+        expect(SameBits(y_of_shard[i], y[first + i]), "y of a shard", i);
+      }
+      for (int64_t u = 0; u < units; ++u) {
+        std::vector<Scalar> column(shards[r]);
+        for (int64_t n = 0; n < shards[r]; ++n) {
+          column[n] = C::Load(y[first + n * units + u]);
+        }
+        const auto moments =
+            Tree(column, 0, CeilDiv(shards[r], int64_t{kLeafRows}));
+        expect(SameBits(mean[u], moments.mean) &&
+                   SameBits(cpu_mean[u], moments.mean),
+               "mean of a shard's unit", u);
+        expect(SameBits(m2[u], moments.m2) && SameBits(cpu_m2[u], moments.m2),
+               "m2 of a shard's unit", u);
+      }
+    });
+    for (int64_t copy = 0; copy < 2; ++copy) {
+      std::copy_n(mean.get(), units, row + 3 + copy * units);
+      std::copy_n(m2.get(), units, row + 3 + (2 + copy) * units);
+    }
+  }
+  MergeResults<Scalar> merged(merge);
+  Merge(merge, &gathered, &ends, &expect, &merged);
+  expect(merged.valid[0] == (rows >= 2) && merged.valid[1] == 0 &&
+             merged.valid[2] == merged.valid[0] &&
+             SameBits(merged.entropy[2], merged.entropy[0]),
+         "which layers have an entropy", 0);
+  const Problem whole = {dtype, rows, units, formula};
+  if (same_bits) {
+    const Defined<Scalar> defined(y.get(), whole);
+    for (int64_t u = 0; u < units; ++u) {
+      expect(SameBits(merged.mean[u], defined.mean[u]),
+             "mean of the batch's unit", u);
+      expect(SameBits(merged.variance[u], defined.variance[u]),
+             "variance of the batch's unit", u);
+    }
+    expect(SameBits(merged.entropy[0], defined.entropy), "entropy of the batch",
+           0);
+  }
+
+  const Scalar entropy_grad = 40;
+  for (const char* of : {"entropy", "statistics", "epilogue", "bias"}) {
+    GradientArguments backward;
+    backward.mean = merged.mean.get();
+    backward.variance = merged.variance.get();
+    backward.entropy_grad = &entropy_grad;
+    if (*of == 's') {
+      backward.mean_grad = mean_grad.get();
+      backward.variance_grad = variance_grad.get();
+    }
+    const bool has_bias = *of == 'b';
+    const bool has_epilogue = has_bias || std::strcmp(of, "epilogue") == 0;
+    if (has_epilogue) backward.epilogue = &epilogue;
+    const auto run_cpu = [&](const Problem& problem, int64_t first, Element* dx,
+                             Element* dbias) {
+      CpuWorkspace workspace(GradientCpuWorkspace(problem, channels));
+      GradientArguments arguments = backward;
+      arguments.x = y.get() + first;
+      if (has_epilogue) arguments.dy = dy.get() + first;
+      arguments.workspace = workspace.get();
+      arguments.dx = dx;
+      if (has_bias) arguments.dbias = dbias;
+      GradientCpu(kAlone, problem, arguments);
+    };
+    if (same_bits) run_cpu(whole, 0, whole_dx.get(), whole_dbias.get());
+    backward.count = merged.count.get();
+    int64_t first = 0;
+    for (const int64_t shard : shards) {
+      if (shard == 0) continue;
+      const Problem problem = {dtype, shard, units, formula};
+      Buffer<Element> dx(shard * units), cpu_dx(shard * units);
+      Buffer<Element> dbias(channels), cpu_dbias(channels);
+      run_cpu(problem, first, cpu_dx.get(), cpu_dbias.get());
+      Buffer<double> sums(Doubles(GradientCudaWorkspace(problem, channels)));
+      GradientArguments arguments = backward;
+      arguments.x = y.get() + first;
+      if (has_epilogue) arguments.dy = dy.get() + first;
+      arguments.workspace = sums.get();
+      arguments.dx = dx.get();
+      if (has_bias) arguments.dbias = dbias.get();
+      const int error = GradientCuda(nullptr, problem, arguments, blocks);
+      expect(error == 0, "success of a shard's gradient", error);
+      for (int64_t i = 0; i < dx.count(); ++i) {
+        expect(SameBits(dx[i], cpu_dx[i]), of, i);
+        expect(!same_bits || SameBits(dx[i], whole_dx[first + i]),
+               "dx of the batch", i);
+        const Scalar value = C::Load(dx[i]);
+        const Scalar of_y =
+            C::Load(y[first + i]) > 0 ? C::Load(dy[first + i]) : Scalar(0);
+        expect(rows >= 2 || value == (has_epilogue ? of_y : Scalar(0)),
+               "dx without an entropy", i);
+      }
+      for (int64_t i = 0; has_bias && i < channels; ++i) {
+        expect(SameBits(dbias[i], cpu_dbias[i]), "dbias of a shard", i);
+      }
+      first += shard * units;
+    }
+  }
+}
+
+template <typename Element, typename Scalar>
+void TestReplicas(DType dtype, bool quick) {
+  const DType results = sizeof(Scalar) == 8 ? DType::kFloat64 : DType::kFloat32;
+  TestShards<Element, Scalar>(dtype, {16, 5}, 17, 17, 1, true);
+  TestShards<Element, Scalar>(dtype, {0, 1}, 33, 33, 1, false);
+  TestMerge<Scalar>(results, 5, {3, 0, 300});
+  if (quick) return;
+  TestShards<Element, Scalar>(dtype, {64, 64, 21}, 17, 17, 9, true);
+  TestShards<Element, Scalar>(dtype, {16, 1, 0, 9}, 66, 33, 1, false);
+  TestShards<Element, Scalar>(dtype, {128, 128, 128, 1}, 130, 26, 1 << 20,
+                              true);
+  TestShards<Element, Scalar>(dtype, {256, 128}, 200, 200, 20, true);
+  TestShards<Element, Scalar>(dtype, {32, 32, 32, 32, 0}, 64, 8, 1, true);
+  TestShards<Element, Scalar>(dtype, {1, 1}, 40, 40, 1, false);
+  TestShards<Element, Scalar>(dtype, {8195, 2}, 5, 5, 9, false);
+  for (int64_t replicas : {1, 2, 3, 4, 7, 8, 9, 33}) {
+    TestMerge<Scalar>(results, replicas, {1, 64, 257, 0, 1100});
+  }
+  // More groups than lanes; more than one tile of the CPU's.
+  TestMerge<Scalar>(results, 3, {17000, 1, 5000});
+}
+
 // Launches of the default cut, without running them. A forward pass has a block
 // for each wave of its tiles and splits; how many tickets there are says how
 // the splits are merged: one, and one for each cluster of each level of each
@@ -814,6 +1119,14 @@ int Main() {
     TestEpilogues<BFloat16, float>(DType::kBFloat16, all, false);
     TestEpilogues<double, double>(DType::kFloat64, small, true);
     TestEpilogues<double, double>(DType::kFloat64, all, false);
+  }
+  if (!quick || failures == 0) {
+    TestReplicas<float, float>(DType::kFloat32, quick);
+  }
+  if (!quick) {
+    TestReplicas<Half, float>(DType::kFloat16, false);
+    TestReplicas<BFloat16, float>(DType::kBFloat16, false);
+    TestReplicas<double, double>(DType::kFloat64, false);
   }
   std::printf("cuda_emulation_test: %d cases, %d failed\n", cases, failures);
   return failures != 0;

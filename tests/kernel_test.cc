@@ -203,6 +203,145 @@ void Test(DType dtype, int64_t rows, int64_t units, double grad_tolerance) {
   }
 }
 
+// A shard's moments are the ones that its variance is made of, also of one row;
+// merged over two replicas beside one without a row, and differentiated with
+// the count of the whole batch, they are the whole batch's: here to rounding,
+// since test_synchronized_ops.py compares bits.
+template <typename Element, typename Result>
+void TestShards(DType dtype, int64_t rows, int64_t units, int64_t first_rows,
+                double grad_tolerance) {
+  const Formula formula = {8.5, 0.75, 1};
+  const Problem whole = {dtype, rows, units, formula};
+  const double tolerance = sizeof(Result) == 8 ? 1e-12 : 1e-5;
+  const size_t row_bytes = units * sizeof(Element);
+  Buffer x(rows * row_bytes);
+  std::mt19937 random(3);
+  std::uniform_real_distribution<float> uniform(0.5f, 4.f);
+  for (int64_t i = 0; i < rows * units; ++i) {
+    Put(uniform(random), static_cast<Element*>(x.data) + i);
+  }
+  const Result entropy_grad = 1000;
+  Buffer mean(units * sizeof(Result)), variance(units * sizeof(Result));
+  Buffer entropy(sizeof(Result)), dx(rows * row_bytes);
+  const MergeProblem problem = {dtype, 3, 1, units, formula};
+  Buffer gathered(problem.replicas * PitchOf(problem) * sizeof(Result));
+  const auto replica = [&](int64_t r) {
+    return static_cast<Result*>(gathered.data) + r * PitchOf(problem);
+  };
+  replica(1)[0] = 0;  // and NaNs, which nobody may use
+  for (int threads : {1, 7}) {
+    const Parallel parallel = {threads, nullptr, RunOnThreads};
+    Buffer workspace(ForwardCpuWorkspace(whole, threads));
+    ForwardArguments forward;
+    forward.x = x.data;
+    forward.workspace = workspace.data;
+    forward.entropy = entropy.data;
+    forward.mean = mean.data;
+    forward.variance = variance.data;
+    ForwardCpu(parallel, whole, forward);
+    for (int64_t r : {0, 2}) {
+      const int64_t begin = r == 0 ? 0 : first_rows;
+      const Problem shard = {dtype, r == 0 ? first_rows : rows - first_rows,
+                             units, formula};
+      Buffer shard_mean(units * sizeof(Result)), m2(units * sizeof(Result)),
+          count(sizeof(Result));
+      Buffer of_shard(ForwardCpuWorkspace(shard, threads));
+      ForwardArguments moments;
+      moments.x = static_cast<Element*>(x.data) + begin * units;
+      moments.workspace = of_shard.data;
+      moments.mean = shard_mean.data;
+      moments.m2 = m2.data;
+      moments.count = count.data;
+      ForwardCpu(parallel, shard, moments);
+      Result* const row = replica(r);
+      std::memcpy(row, count.data, count.size);
+      std::memcpy(row + 1, shard_mean.data, shard_mean.size);
+      std::memcpy(row + 1 + units, m2.data, m2.size);
+      Check(row[0] == static_cast<Result>(shard.rows), "count of a shard",
+            dtype, rows, units, threads);
+      if (shard.rows > 1) {
+        // A variance is m2 divided, with the same rounding.
+        Buffer of_variance(units * sizeof(Result));
+        moments.m2 = moments.count = nullptr;
+        moments.entropy = count.data;
+        moments.variance = of_variance.data;
+        ForwardCpu(parallel, shard, moments);
+        for (int64_t u = 0; u < units; ++u) {
+          static_cast<Result*>(m2.data)[u] /=
+              static_cast<Result>(shard.rows - formula.ddof);
+        }
+        Check(m2 == of_variance, "m2 of a shard", dtype, rows, units, threads);
+      } else {
+        for (int64_t u = 0; u < units; ++u) {
+          Check(row[1 + u] == static_cast<Result>(Get(
+                                  static_cast<const Element*>(moments.x)[u])) &&
+                    row[1 + units + u] == 0,
+                "moments of a row", dtype, rows, units, threads);
+        }
+      }
+    }
+    Buffer merged_mean(units * sizeof(Result)),
+        merged_variance(units * sizeof(Result)), count(sizeof(Result)),
+        merged_entropy(sizeof(Result)), valid(sizeof(Result));
+    const int64_t end = units;
+    const MergeArguments merge = {gathered.data,    &end,
+                                  merged_mean.data, merged_variance.data,
+                                  count.data,       merged_entropy.data,
+                                  valid.data};
+    MergeMomentsCpu(parallel, problem, merge);
+    const auto near = [&](const Buffer& a, const Buffer& b, double size) {
+      const auto *p = static_cast<const Result*>(a.data),
+                 *q = static_cast<const Result*>(b.data);
+      bool near = true;
+      for (size_t i = 0; i < a.size / sizeof(Result); ++i) {
+        near = near && std::fabs(p[i] - q[i]) <= tolerance * size;
+      }
+      return near;
+    };
+    Check(near(merged_mean, mean, 4) && near(merged_variance, variance, 4) &&
+              near(merged_entropy, entropy, 4) &&
+              *static_cast<Result*>(count.data) == static_cast<Result>(rows) &&
+              *static_cast<Result*>(valid.data) == 1,
+          "merged statistics", dtype, rows, units, threads);
+    GradientArguments gradient;
+    gradient.x = x.data;
+    gradient.mean = mean.data;
+    gradient.variance = variance.data;
+    gradient.entropy_grad = &entropy_grad;
+    gradient.dx = dx.data;
+    GradientCpu(parallel, whole, gradient);
+    for (int64_t begin : {int64_t{0}, first_rows}) {
+      const int64_t shard_rows = begin == 0 ? first_rows : rows - first_rows;
+      Buffer dx_of_shard(shard_rows * row_bytes);
+      gradient.x = static_cast<Element*>(x.data) + begin * units;
+      gradient.dx = dx_of_shard.data;
+      gradient.mean = merged_mean.data;
+      gradient.variance = merged_variance.data;
+      gradient.count = count.data;
+      GradientCpu(parallel, {dtype, shard_rows, units, formula}, gradient);
+      for (int64_t i = 0; i < shard_rows * units; ++i) {
+        const double found = Get(static_cast<Element*>(dx_of_shard.data)[i]);
+        const double expected =
+            Get(static_cast<Element*>(dx.data)[begin * units + i]);
+        Check(std::fabs(found - expected) <=
+                  grad_tolerance * (std::fabs(expected) + 1e-1) + 1e-7,
+              "gradient of a shard", dtype, rows, units, threads);
+      }
+    }
+    // Without an entropy dx is 0, whatever there is.
+    const Result one = 1;
+    gradient.count = &one;
+    gradient.mean = gradient.variance = replica(1) + 1;  // NaNs
+    gradient.x = x.data;
+    gradient.dx = dx.data;
+    GradientCpu(parallel, whole, gradient);
+    Buffer zeros(dx.size);
+    std::memset(zeros.data, 0, zeros.size);
+    Check(dx == zeros, "gradient without an entropy", dtype, rows, units,
+          threads);
+  }
+}
+
 // The epilogue: y of every activation, statistics of y, and a gradient that
 // adds up. Again in buffers of exactly the promised sizes.
 template <typename Element, typename Result>
@@ -373,6 +512,18 @@ int Main() {
                                   8e-3);
     TestEpilogue<float, float>(DType::kFloat32, rows, units, channels, 1e-5);
     TestEpilogue<double, double>(DType::kFloat64, rows, units, channels, 1e-13);
+  }
+  for (const auto& shape : {std::array<int64_t, 3>{2, 17, 1},
+                            {9, 130, 8},
+                            {11, 1100, 2},
+                            {72, 33, 71},
+                            {8260, 70, 8195}}) {
+    const auto [rows, units, first_rows] = shape;
+    TestShards<Half, float>(DType::kFloat16, rows, units, first_rows, 2e-3);
+    TestShards<BFloat16, float>(DType::kBFloat16, rows, units, first_rows,
+                                1e-2);
+    TestShards<float, float>(DType::kFloat32, rows, units, first_rows, 1e-4);
+    TestShards<double, double>(DType::kFloat64, rows, units, first_rows, 1e-10);
   }
   std::printf(
       "kernel_test (%s): %zu shapes, 4 dtypes, 1, 2 and 7 threads: %s\n",

@@ -268,6 +268,41 @@ FAULTS = {
         "i + 1 < count; i += kSumParts) {",
         ("none", "FAILED"),
     ),
+    "a column of moments too many": (
+        "column < cut.units) {\n    results.mean[column] =",
+        "column <= cut.units) {\n    results.mean[column] =",
+        ("address", "heap-buffer-overflow"),
+    ),
+    "the rows of a shard instead of the count": (
+        "GradientFactorsOfCount(*a.count, cut.units, a.formula)",
+        "GradientFactorsOf<Scalar>(cut.rows, cut.units, a.formula)",
+        ("none", "FAILED"),
+    ),
+    "a row of zeros too many": (
+        "row < rows; row += cut.groups",
+        "row <= rows; row += cut.groups",
+        ("address", "heap-buffer-overflow"),
+    ),
+    "a replica without rows that is merged": (
+        "  if (b.rows == 0) return a;\n",
+        "",
+        ("none", "FAILED"),
+    ),
+    "replicas that are merged in another order": (
+        "MergeCounted(stack[kLevel], *node)",
+        "MergeCounted(*node, stack[kLevel])",
+        ("none", "FAILED"),
+    ),
+    "a missing barrier before the next groups of a layer": (
+        "    __syncthreads();\n    const double sum = SumHalvesInBlock<kGroupUnits>(",
+        "    const double sum = SumHalvesInBlock<kGroupUnits>(",
+        ("thread", "data race"),
+    ),
+    "a missing barrier before the lanes of a layer are added up": (
+        "  __syncthreads();\n  const double sum = SumHalvesInBlock<kSumLanes>(lanes",
+        "  const double sum = SumHalvesInBlock<kSumLanes>(lanes",
+        ("thread", "data race"),
+    ),
     "a sum of dbias too many": (
         "read[j] = i + j * kStep < count",
         "read[j] = i + j * kStep <= count",

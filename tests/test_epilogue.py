@@ -243,7 +243,10 @@ def test_the_op_itself_refuses_what_does_not_fit():
 def test_its_gradient_refuses_what_does_not_fit(jit_compile):
     require_native()
     op = native.load().ops.lbe_epilogue_grad
-    grad = functools.partial(op, biases=0)
+
+    def grad(*inputs):
+        return op(*inputs, [], biases=0)
+
     if jit_compile:
         require_xla()
         unknown = [tf.TensorSpec(None) for _ in range(5)]
@@ -260,9 +263,9 @@ def test_its_gradient_refuses_what_does_not_fit(jit_compile):
             grad(*inputs)
     for index, vector in ((2, unit), (0, scalar), (0, tf.ones((1, 2)))):
         with pytest.raises(tf.errors.InvalidArgumentError, match="vector|rank"):
-            op(y, y, unit, unit, vector, biases=0, index=index)
-    grads = [op(y, y, unit, unit, tf.constant([1.0, 3.0]), biases=0, index=1)]
-    grads.append(op(y, y, unit, unit, tf.constant(3.0), biases=0))
+            op(y, y, unit, unit, vector, [], biases=0, index=index)
+    grads = [op(y, y, unit, unit, tf.constant([1.0, 3.0]), [], biases=0, index=1)]
+    grads.append(op(y, y, unit, unit, tf.constant(3.0), [], biases=0))
     np.testing.assert_array_equal(*(grad.dz for grad in grads))
 
 

@@ -475,7 +475,7 @@ def test_every_dtype_that_the_op_admits_has_kernels(native_ops):
         result = result_dtype(dtype.name)
         entropy, mean, variance, _ = native_ops.lbe_batch_entropy(x, result_type=result)
         assert float(entropy) == pytest.approx(0.5638664)
-        grad = native_ops.lbe_batch_entropy_grad(x, mean, variance, entropy, [])
+        grad = native_ops.lbe_batch_entropy_grad(x, mean, variance, entropy, [], [])
         assert grad.dtype == dtype
 
     # Kernels for the GPU are registered where there is none, too.
@@ -565,7 +565,7 @@ def test_the_raw_gradient_checks_its_inputs(native_ops):
         (scalar, scalar, scalar, scalar, []),
     ):
         with pytest.raises(tf.errors.InvalidArgumentError, match="Received|rank"):
-            grad(*inputs)
+            grad(*inputs, [])
 
 
 def test_the_input_is_never_overwritten(device, native_ops, rng):

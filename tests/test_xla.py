@@ -198,7 +198,7 @@ def test_the_raw_gradient_checks_its_inputs(xla):
         jit_compile=True, input_signature=[[tf.TensorSpec(None) for _ in range(5)]]
     )
     def function(inputs):
-        return grad(*inputs[:4], [inputs[4], inputs[4]])
+        return grad(*inputs[:4], [inputs[4], inputs[4]], [])
 
     assert function([x, unit, unit, scalar, unit]).shape == (3, 2)
     for inputs in (

@@ -96,16 +96,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--starts",
         type=int,
-        default=3,
+        default=1,
         help="of each variant, one at a time, for the time to the first step; others "
-        "take turns, and are timed in place of these with 0 (default: 3)",
+        "take turns, and are timed in place of these with 0 (default: 1)",
     )
     parser.add_argument(
         "--limit",
         type=float,
-        default=300.0,
+        default=600.0,
         help="seconds that a start or a turn may take; a variant that takes longer is "
-        "left out with that reason (default: 300)",
+        "left out with that reason (default: 600)",
     )
     parser.add_argument("--threads", type=int, default=cores, help=f"default: {cores}")
     parser.add_argument(

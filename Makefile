@@ -20,7 +20,7 @@ SOURCES := $(shell find lbe_ops cc cuda -type f -not -name '*.py[co]' \
            CMakeLists.txt setup.py MANIFEST.in README.md LICENSE
 CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.cc cuda/*.cu cuda/*.cuh tests/*.h tests/*.cc benchmarks/*.c)
 
-.PHONY: help demo test test-keras build bench bench-training test-gpu bench-gpu evidence-gpu lint format sanitize clean
+.PHONY: help demo test test-keras build bench bench-training bench-distributed test-gpu bench-gpu evidence-gpu lint format sanitize clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -55,6 +55,9 @@ bench: $(PACKAGE) ## the whole benchmark, into results/benchmark
 
 bench-training: $(PACKAGE) ## training with LBE against training without, into results/training
 	$(BIN)/python benchmarks/bench_training.py $(BENCH_ARGS)
+
+bench-distributed: $(PACKAGE) ## training on several replicas of this CPU, into results/distributed
+	$(BIN)/python benchmarks/bench_distributed.py $(BENCH_ARGS)
 
 # With what $(PYTHON) can import, without .venv: a GPU machine may reach no package
 # registry. TensorFlow's part only where it is installed.

@@ -84,7 +84,7 @@ def work(
     try:
         train = _torch if loop == "PyTorch" else _tensorflow
         figures = train(connection, net, loop, variant, threads)
-        figures["peak_memory_bytes"] = _peak_memory()
+        figures["peak_memory_bytes"] = peak_memory()
     except ImportError as error:
         figures = {"error": str(error)}
     except Exception as error:
@@ -94,7 +94,7 @@ def work(
     connection.close()
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """The most memory that this process has had, in bytes."""
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
@@ -122,7 +122,7 @@ def _tensorflow(
     turns = Turns(connection)
     model = _model(net, variant)
     if loop == "fit":
-        model.compile("adam", _cross_entropy(), jit_compile=False)
+        model.compile("adam", cross_entropy(), jit_compile=False)
         model.optimizer.learning_rate = LEARNING_RATE
 
         class Wait(keras.callbacks.Callback):
@@ -140,9 +140,9 @@ def _tensorflow(
         history = model.fit(
             data, steps_per_epoch=10**9, verbose=0, callbacks=[Wait()], shuffle=False
         ).history
-        return {"nodes": _nodes(graphs[-1]), "loss": history["loss"][-1]}
+        return {"nodes": nodes(graphs[-1]), "loss": history["loss"][-1]}
 
-    model.compile(keras.optimizers.SGD(LEARNING_RATE), _cross_entropy())
+    model.compile(keras.optimizers.SGD(LEARNING_RATE), cross_entropy())
 
     @tf.function(jit_compile=loop == "XLA", autograph=False)
     def step(x: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
@@ -159,16 +159,16 @@ def _tensorflow(
         if not turns.done():
             break
     graph = step.get_concrete_function(x, labels).graph
-    return {"nodes": _nodes(graph), "loss": loss}
+    return {"nodes": nodes(graph), "loss": loss}
 
 
-def _cross_entropy() -> object:
+def cross_entropy() -> object:
     import keras
 
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def _nodes(graph: object) -> int:
+def nodes(graph: object) -> int:
     """Nodes of a graph and of all functions that it calls."""
     found = graph.as_graph_def()
     return len(found.node) + sum(len(f.node_def) for f in found.library.function)

@@ -187,8 +187,9 @@ class MultiWorkerTraining:
     Under a `MultiWorkerMirroredStrategy` of more than one worker Keras (3.15 and its
     head of August 2026) takes the mean of a tuple, to find out the shape of a batch
     (`_maybe_symbolic_build`), and then that of scalars over an axis that these do not
-    have, to reduce what a step returns (in `_make_function`). Nothing else is as it is
-    here under any other strategy. Without these names training on several machines
+    have, to reduce what a step returns (in `_make_function`). Here these are one vector,
+    since the mean of each would be two collectives. Under any other strategy nothing is
+    other than in Keras. Without these names training on several machines
     fails as it does with a plain Keras model.
     """
 
@@ -209,13 +210,32 @@ class MultiWorkerTraining:
     def _make_function(self, step_function: Callable[[Any], Any]) -> Any:
         if not has_several_workers(self.distribute_strategy):
             return super()._make_function(step_function)
+        structure: Any = None
+        values: list[tf.TensorSpec] = []
 
-        def step(data: Any) -> Any:
-            return keras.tree.map_structure(
-                lambda value: tf.reshape(value, [1]), step_function(data)
-            )
+        def step(data: Any) -> tf.Tensor:
+            nonlocal structure, values
+            logs = step_function(data)
+            structure = keras.tree.map_structure(lambda _: 0, logs)
+            tensors = [tf.convert_to_tensor(x) for x in keras.tree.flatten(logs)]
+            values = [tf.TensorSpec(x.shape, x.dtype) for x in tensors]
+            wide = any(x.dtype == tf.float64 for x in tensors)
+            dtype = tf.float64 if wide else tf.float32
+            flat = [tf.reshape(tf.cast(x, dtype), [-1]) for x in tensors]
+            return tf.concat(flat, 0)[tf.newaxis]
 
-        return super()._make_function(step)
+        function = super()._make_function(step)
+
+        def unpacked(iterator: Any) -> Any:
+            means = function(iterator)
+            sizes = [value.shape.num_elements() for value in values]
+            parts = [
+                tf.cast(tf.reshape(part, value.shape), value.dtype)
+                for part, value in zip(tf.split(means, sizes), values, strict=True)
+            ]
+            return keras.tree.pack_sequence_as(structure, parts)
+
+        return unpacked
 
 
 def has_several_workers(strategy: tf.distribute.Strategy) -> bool:

@@ -254,13 +254,26 @@ class Moments:
             replicas comes back through it.
         mean, m2: of every unit, the mean and the sum of squared deviations from it;
             of the shape of one sample.
-        of_batch: mean, variance and count of all replicas together, which the gradient
-            takes; who merges them sets it. Nobody takes an entropy before.
     """
 
     def __init__(self, count: tf.Tensor, mean: tf.Tensor, m2: tf.Tensor) -> None:
         self.count, self.mean, self.m2 = count, mean, m2
-        self.of_batch = (mean, m2, tf.zeros_like(count))
+        self._of_batch: tuple[tf.Tensor, ...] | None = None
+
+    @property
+    def of_batch(self) -> tuple[tf.Tensor, ...]:
+        """Mean, variance and count of all replicas together, for the gradient.
+
+        Who merges them sets it. Where nobody has, nobody takes an entropy: the count
+        is 0, and so is the gradient.
+        """
+        if self._of_batch is None:
+            return self.mean, self.m2, tf.zeros_like(self.count)
+        return self._of_batch
+
+    @of_batch.setter
+    def of_batch(self, value: tuple[tf.Tensor, ...]) -> None:
+        self._of_batch = value
 
 
 @tf.autograph.experimental.do_not_convert

@@ -152,8 +152,8 @@ class _Group:
 
     def parts(self, dtype: tf.DType) -> list[tf.Tensor]:
         """Counts `[L]`, and mean and M2 of the units of all layers."""
-        means = [tf.reshape(each.mean, [-1]) for each in self.moments]
-        m2s = [tf.reshape(each.m2, [-1]) for each in self.moments]
+        means = [_flat(each.mean) for each in self.moments]
+        m2s = [_flat(each.m2) for each in self.moments]
         parts = self.counts, tf.concat(means, 0), tf.concat(m2s, 0)
         return [tf.cast(tf.stop_gradient(part), dtype) for part in parts]
 
@@ -186,6 +186,11 @@ def _groups(entries: Iterable[Entry]) -> list[_Group]:
         key = *regularizer.formula.values(), regularizer.native, dtype
         groups.setdefault(key, []).append(entry)
     return [_Group(group) for group in groups.values()]
+
+
+def _flat(x: tf.Tensor) -> tf.Tensor:
+    """All elements in a row; of hundreds of dense layers that is what there is."""
+    return x if x.shape.rank == 1 else tf.reshape(x, [-1])
 
 
 def _width(entry: Entry) -> int:

@@ -237,7 +237,7 @@ class BatchEntropyLowering : public StatisticsLowering {
 // Refuses what has no lowering: the statistics of a batch that is spread over
 // replicas.
 absl::Status CheckNotSynchronized(OpKernelConstruction* context) {
-  bool synchronized;
+  bool synchronized = false;
   TF_RETURN_IF_ERROR(ReadSynchronized(context, &synchronized));
   if (!synchronized) return absl::OkStatus();
   return absl::UnimplementedError(

@@ -90,27 +90,15 @@ def _register(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def _refuse_synchronized(op: tf.Operation) -> None:
     if op.get_attr("synchronized"):
-        raise NotImplementedError(
-            f"The native op has no second derivative of a synchronized entropy "
-            f"({op.type}): use native=False or synchronized=False."
-        )
+        raise NotImplementedError(reference.NO_SECOND_GRADIENT)
 
 
 @_register("LBE>EpilogueMoments")
-def _epilogue_moments_grad(op: tf.Operation, *_: tf.Tensor) -> None:
-    raise NotImplementedError(
-        f"{op.type} has no gradient of its own: it takes the statistics of the batch "
-        "of all replicas, which are known after the collective alone. Differentiate "
-        "inside of the function that strategy.run() runs, or use native=False."
-    )
-
-
 @_register("LBE>MergeMoments")
-def _merge_moments_grad(op: tf.Operation, *_: tf.Tensor) -> None:
+def _no_gradient(op: tf.Operation, *_: tf.Tensor) -> None:
     raise NotImplementedError(
-        f"{op.type} has no gradient: that of the entropies that it returns is made "
-        "of its statistics, by LBE>BatchEntropyGrad and LBE>EpilogueGrad. Use "
-        "native=False to differentiate through the moments themselves."
+        f"{op.type} has no gradient of its own, which takes the statistics of all "
+        "replicas. Call lbe_ops.ops.epilogue_moments."
     )
 
 

@@ -187,10 +187,10 @@ class MultiWorkerTraining:
     Under a `MultiWorkerMirroredStrategy` of more than one worker Keras (3.15 and its
     head of August 2026) takes the mean of a tuple, to find out the shape of a batch
     (`_maybe_symbolic_build`), and then that of scalars over an axis that these do not
-    have, to reduce what a step returns (in `_make_function`). Here these are one vector,
-    since the mean of each would be two collectives. Under any other strategy nothing is
-    other than in Keras. Without these names training on several machines
-    fails as it does with a plain Keras model.
+    have, to reduce what a step returns (in `_make_function`). Here these are one
+    vector, since the mean of each would be two collectives. Under any other strategy
+    Keras' own are called. Without these names training on several machines fails as it
+    does with a plain Keras model.
     """
 
     def _maybe_symbolic_build(

@@ -16,6 +16,11 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+NO_SECOND_GRADIENT = (
+    "Synchronised batch entropy has no second derivative. Make the LBEModel with "
+    "synchronized=False."
+)
+
 
 def result_dtype(dtype: tf.DType) -> tf.DType:
     """float64 for float64, float32 for every other supported dtype."""
@@ -141,7 +146,7 @@ def entropy_gradient(
     """
     dx = _entropy_gradient(x, *of_batch, entropy_grad, ddof, scale, offset)
     return tf.raw_ops.PreventGradient(
-        input=tf.cast(dx, x.dtype), message=_NO_SECOND_GRADIENT
+        input=tf.cast(dx, x.dtype), message=NO_SECOND_GRADIENT
     )
 
 
@@ -175,16 +180,10 @@ def epilogue_gradient(
         grads.append(tf.reduce_sum(tf.reshape(dz, [-1, tf.shape(dz)[-1]]), axis=0))
     return [
         tf.raw_ops.PreventGradient(
-            input=tf.cast(grad, y.dtype), message=_NO_SECOND_GRADIENT
+            input=tf.cast(grad, y.dtype), message=NO_SECOND_GRADIENT
         )
         for grad in grads
     ]
-
-
-_NO_SECOND_GRADIENT = (
-    "Synchronised batch entropy has no second derivative. Make the LBEModel with "
-    "synchronized=False."
-)
 
 
 def _entropy_gradient(

@@ -124,7 +124,7 @@ def synchronize(
 
     total, *found = link(ce, *(tf.cast(group.counts, dtype) for group in groups))
     merged = [
-        entry._replace(entropy=entropy, valid=valid)
+        Entry(entry.regularizer, entry.layer, entropy, valid, entry.moments)
         for group, entropies in zip(groups, found, strict=True)
         for entry, entropy, valid in zip(
             group.entries,

@@ -106,8 +106,9 @@ def test_no_private_name_of_ours_is_one_of_keras(make, base):
     """A method of ours in place of one of Keras' would be called by Keras."""
     ours, theirs = make(), base()
     defined = set()
+    meant = keras_internals.MultiWorkerTraining  # which Keras is to call
     for cls in type(ours).__mro__:
-        if cls.__module__.startswith("lbe_ops"):
+        if cls.__module__.startswith("lbe_ops") and cls is not meant:
             defined |= set(vars(cls))
     defined |= set(vars(ours)) - set(vars(theirs))
     shared = {name for name in defined & set(dir(theirs)) if is_private(name)}

@@ -166,7 +166,7 @@ class _Group:
             **regularizer.formula,
             native=regularizer.native,
         )
-        self.valid = merged.valid
+        self.valid = tf.stop_gradient(merged.valid)
         for each, *of_batch in zip(
             self.moments,
             tf.split(merged.mean, self.widths),

@@ -7,6 +7,7 @@ devices of TensorFlow are made once in each. The ops are tested in
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -17,10 +18,12 @@ import sys
 
 import keras
 import numpy as np
+import oracle
 import pytest
 import tensorflow as tf
+from helpers import assert_grad, assert_statistics, tensor
 
-from lbe_ops import Dense_LBE, LBEModel
+from lbe_ops import Dense_LBE, LBEModel, NativeUnavailableError, ops, reference
 
 HERE = pathlib.Path(__file__).parent
 ENVIRONMENT = {
@@ -28,6 +31,75 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "PYTHONPATH": os.pathsep.join([str(HERE), *(p for p in sys.path if p)]),
 }
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("activation", ["linear", "softplus"])
+@pytest.mark.parametrize("rows", [[8, 8], [5, 1, 0], [2, 2, 2, 1, 0]], ids=str)
+def test_shards_agree_with_float64(path, rows, activation, ddof, dtype, tolerance, rng):
+    """Moments, their merge and both gradients, on every path but native XLA."""
+    z, exact = tensor(rng.normal(0.3, 1.7, (sum(rows), 3, 4)), dtype)
+    dy, exact_dy = tensor(rng.normal(size=z.shape), dtype)
+    bias, exact_bias = tensor([0.5, -0.25, 0.0, 1.0], dtype)
+    options = {"ddof": ddof, "scale": 2.5, "offset": 0.5}
+    result = reference.result_dtype(z.dtype)
+
+    def function(z, bias, dy):
+        shards, moments, outputs = tf.split(z, rows), [], []
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch([bias, *shards])
+            for shard in shards:
+                y, of_shard = ops.epilogue_moments(
+                    shard, bias, activation=activation, **options
+                )
+                outputs.append(y)
+                moments += [of_shard, ops.batch_moments(y, **options)]
+        gathered = [
+            tf.concat([[m.count], tf.reshape(m.mean, [-1]), tf.reshape(m.m2, [-1])], 0)
+            for m in moments[::2]
+        ]
+        merged = ops.merge_moments(tf.stack(gathered), [12], **options)
+        for each in moments:
+            each.of_batch = (merged.mean, merged.variance, merged.count[0])
+        counts = [each.count for each in moments]
+        share = tf.constant(-2.5, result)
+        fused = [
+            tape.gradient([y, count], [shard, bias], [dy_of_shard, share])
+            for y, count, shard, dy_of_shard in zip(
+                outputs, counts[::2], shards, tf.split(dy, rows), strict=True
+            )
+        ]
+        alone = [
+            tape.gradient(count, y, share)
+            for y, count in zip(outputs, counts[1::2], strict=True)
+        ]
+        y, dbias = tf.concat(outputs, 0), tf.add_n([grads[1] for grads in fused])
+        dz = tf.concat([grads[0] for grads in fused], 0)
+        return y, dz, dbias, tf.concat(alone, 0), *merged
+
+    if path.native and path.mode == "xla":
+        with pytest.raises(NativeUnavailableError, match="XLA knows no op"):
+            path.run(function, z, bias, dy)
+        return
+    y, dz, dbias, alone, mean, variance, count, entropy, valid = path.run(
+        function, z, bias, dy
+    )
+    activate, derivative = oracle.ACTIVATIONS[activation]
+    rounded = tf.cast(y, tf.float64).numpy()  # what the statistics are those of
+    assert_grad(y, activate(exact + exact_bias), tolerance)
+    expected_mean, expected_variance = oracle.moments(rounded, ddof)
+    assert_statistics(mean, expected_mean, tolerance, scale=np.abs(rounded).max())
+    assert_statistics(variance, expected_variance, tolerance)
+    assert_statistics(entropy, [oracle.batch_entropy(rounded, **options)], tolerance)
+    assert (count.numpy(), valid.numpy()) == (sum(rows), 1)
+    gradient = -2.5 * oracle.batch_entropy_grad(rounded, **options)
+    assert_grad(alone, gradient, tolerance)
+    expected = derivative(exact + exact_bias) * (exact_dy + gradient)
+    if activation == "linear" or dtype in ("float32", "float64"):
+        # The derivative is one of y, which is rounded.
+        assert_grad(dz, expected, tolerance)
+        channels = dataclasses.replace(tolerance, grad=8 * tolerance.grad)
+        assert_grad(dbias, expected.sum(axis=(0, 1)), channels)
 
 
 @functools.cache

@@ -39,6 +39,7 @@ LOST = (
     tf.errors.DeadlineExceededError,
     tf.errors.FailedPreconditionError,
 )
+PROBLEM_SECONDS = 30.0  # for which the chief stays to tell the others of a problem
 HELLO_SECONDS = 10.0  # for a worker to say who it is; whoever does not is no worker
 
 T = TypeVar("T")
@@ -226,9 +227,9 @@ def together(cluster: Cluster) -> Iterator[None]:
         names = {f"{job} {number}" for job, number in found} - {cluster.name}
         who = ", ".join(sorted(names)) or "another worker"
         raise WorkerLostError(
-            f"{cluster.name} has lost {who}, which has failed, was stopped or did not "
-            f"answer for {synchronized.TIMEOUT_SECONDS:.0f} s. Run the same command "
-            "again on all workers: it continues after the last finished epoch"
+            f"{cluster.name} has lost {who}, which has failed, was stopped or does not "
+            "answer. Run the same command again on all workers: it continues after the "
+            "last finished epoch"
         ) from error
 
 
@@ -266,8 +267,6 @@ def _try(
 ) -> tuple[T | None, dict[str, Any], str]:
     """What `prepare` returns, or why it failed."""
     try:
-        with _listen(cluster):  # TensorFlow will need the address
-            pass
         prepared, facts = prepare()
     except ExperimentError as error:
         return None, {}, f"{cluster.name}: {error}"
@@ -291,16 +290,18 @@ def _receive(
     cluster: Cluster, prepare: Any, say: Any, deadline: float
 ) -> tuple[Any, str]:
     """The chief's part of the meeting: what it has prepared, and the first problem."""
-    prepared, facts, problem = _try(cluster, prepare)
     others = cluster.names[1:]
-    say(
-        (f"{problem}; " if problem else "")
-        + f"the chief, {cluster.name}, waits for {', '.join(others)}"
-    )
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_listen(cluster))
+        prepared, facts, problem = _try(cluster, prepare)
+        say(
+            (f"{problem}; " if problem else "")
+            + f"the chief, {cluster.name}, waits for {', '.join(others)}"
+        )
         found: dict[str, _Line] = {}
         while len(found) < len(others):
+            if problem:
+                deadline = min(deadline, time.monotonic() + PROBLEM_SECONDS)
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
                 connection, _ = server.accept()
@@ -310,7 +311,8 @@ def _receive(
                 break
             line = _Line(stack.enter_context(connection))
             try:
-                name = line.receive(time.monotonic() + HELLO_SECONDS)["worker"]
+                hello = line.receive(time.monotonic() + HELLO_SECONDS)
+                name = str(hello["worker"])
             except (OSError, ValueError, KeyError, TypeError):
                 continue
             if name in found or name not in others:
@@ -337,29 +339,29 @@ def _receive(
 def _join(cluster: Cluster, prepare: Any, say: Any, deadline: float) -> tuple[Any, str]:
     """The part of every other worker, which prepares itself when the chief has."""
     say(f"{cluster.name} waits for the chief at {cluster.addresses[0]}")
-    with _connect(cluster, deadline) as connection:
-        line = _Line(connection)
-        line.send({"worker": cluster.name})
-        chief = line.receive(deadline)
-        if "facts" not in chief:
-            return None, chief["problem"]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_listen(cluster)).close()  # TensorFlow will need the port
+        while True:
+            try:
+                address = _host_and_port(cluster.addresses[0])
+                connection = socket.create_connection(address, HELLO_SECONDS)
+                line = _Line(stack.enter_context(connection))
+                line.send({"worker": cluster.name})
+                chief = line.receive(deadline)
+                break
+            except OSError as error:  # it is not there, or that of a run that ends
+                if time.monotonic() > deadline:
+                    raise ExperimentError(_missing(cluster.names[0])) from error
+                time.sleep(0.2)
         problem = chief["problem"]
+        if "facts" not in chief:
+            return None, problem
         prepared = None
         if not problem:
             prepared, facts, problem = _try(cluster, prepare)
             problem = problem or _mismatch(cluster, chief["facts"], facts)
         line.send({"problem": problem})
         return prepared, line.receive(deadline)["problem"]
-
-
-def _connect(cluster: Cluster, deadline: float) -> socket.socket:
-    while True:
-        try:
-            return socket.create_connection(_host_and_port(cluster.addresses[0]), 10)
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise ExperimentError(_missing(cluster.names[0])) from error
-            time.sleep(0.2)
 
 
 def _missing(names: str) -> str:
@@ -388,12 +390,17 @@ class _Line:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._file = connection.makefile("r", encoding="utf-8")
+        self._received = b""
 
     def send(self, message: Mapping[str, Any]) -> None:
         self._connection.sendall((json.dumps(message) + "\n").encode())
 
     def receive(self, deadline: float) -> dict[str, Any]:
-        """The next message; ValueError where the other end has closed."""
-        self._connection.settimeout(max(deadline - time.monotonic(), 0.01))
-        return json.loads(self._file.readline())
+        while b"\n" not in self._received:
+            self._connection.settimeout(max(deadline - time.monotonic(), 0.01))
+            part = self._connection.recv(1 << 16)
+            if not part:
+                raise ConnectionError("the other end has closed the connection")
+            self._received += part
+        text, _, self._received = self._received.partition(b"\n")
+        return json.loads(text)

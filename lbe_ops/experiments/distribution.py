@@ -320,7 +320,8 @@ def _receive(
                     f"a second process calls itself {name}: give each worker its own "
                     "task in TF_CONFIG, and the same cluster"
                 )
-                line.send({"problem": problem})
+                with contextlib.suppress(OSError):
+                    line.send({"problem": problem})
                 continue
             found[name] = line
             line.send({"facts": facts, "problem": problem})
@@ -338,9 +339,13 @@ def _receive(
 
 def _join(cluster: Cluster, prepare: Any, say: Any, deadline: float) -> tuple[Any, str]:
     """The part of every other worker, which prepares itself when the chief has."""
+
+    def checked() -> tuple[Any, Mapping[str, Any]]:
+        _listen(cluster).close()  # TensorFlow will need the port
+        return prepare()
+
     say(f"{cluster.name} waits for the chief at {cluster.addresses[0]}")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_listen(cluster)).close()  # TensorFlow will need the port
         while True:
             try:
                 address = _host_and_port(cluster.addresses[0])
@@ -358,7 +363,7 @@ def _join(cluster: Cluster, prepare: Any, say: Any, deadline: float) -> tuple[An
             return None, problem
         prepared = None
         if not problem:
-            prepared, facts, problem = _try(cluster, prepare)
+            prepared, facts, problem = _try(cluster, checked)
             problem = problem or _mismatch(cluster, chief["facts"], facts)
         line.send({"problem": problem})
         return prepared, line.receive(deadline)["problem"]

@@ -182,21 +182,22 @@ def _with_custom_gradient(
 
 
 class MultiWorkerTraining:
-    """Before `keras.Model` in a class: `fit` and `evaluate` on several machines.
+    """Before `keras.Model` in a class: `fit` and `evaluate` on several devices.
 
     Under a `MultiWorkerMirroredStrategy` of more than one worker Keras (3.15 and its
     head of August 2026) takes the mean of a tuple, to find out the shape of a batch
     (`_maybe_symbolic_build`), and then that of scalars over an axis that these do not
     have, to reduce what a step returns (in `_make_function`). Here these are one
-    vector, since the mean of each would be two collectives. Under any other strategy
-    Keras' own are called. Without these names training on several machines fails as it
-    does with a plain Keras model.
+    vector, since the mean of each would be two collectives. Under any strategy Keras
+    takes the mean of the shares of a first batch that differ in size as well, where the
+    replicas do not divide the batch. Without these names training of either kind fails
+    as it does with a plain Keras model.
     """
 
     def _maybe_symbolic_build(
         self, iterator: Any = None, data_batch: Any = None
     ) -> None:
-        if iterator is None or not has_several_workers(self.distribute_strategy):
+        if iterator is None or self.distribute_strategy.num_replicas_in_sync == 1:
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
             return
         for _, _, batches in iterator:

@@ -150,7 +150,8 @@ class LBEModel(MultiWorkerTraining, keras.Model):
             samples. Keras takes the mean of the replicas' losses, whatever their
             shares, as this model does by default. True makes a last batch that is not
             shared evenly count as on one device; for a loss that is a mean over
-            samples, without `sample_weight` and masks.
+            samples, without `sample_weight` and masks. It holds for a model without
+            LBE as well.
         **kwargs: as for `keras.Model`.
 
     Attributes:
@@ -381,7 +382,8 @@ class LBEModel(MultiWorkerTraining, keras.Model):
             ce = tf.cast(ce, tf.float32)
         batch = next(t for t in tf.nest.flatten((x, y_pred)) if t is not None)
         samples = tf.shape(batch)[0]
-        if any(entry.moments is not None for entry in entries):
+        by_samples = self.lbe_by_samples and replicas() > 1
+        if by_samples or any(entry.moments is not None for entry in entries):
             entries, total = synchronize(
                 entries, ce, samples, by_samples=self.lbe_by_samples
             )

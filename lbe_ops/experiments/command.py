@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
+import os
 import pathlib
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -19,8 +21,10 @@ import numpy as np
 import tensorflow as tf
 
 import lbe_ops
+from lbe_ops.experiments import data as data_module
+from lbe_ops.experiments import distribution
 from lbe_ops.experiments import settings as settings_module
-from lbe_ops.experiments.errors import ExperimentError
+from lbe_ops.experiments.errors import ExperimentError, WorkerLostError
 from lbe_ops.experiments.results import NETS, RunFolder, write_json
 from lbe_ops.experiments.settings import PRESETS, Settings, stem
 
@@ -29,7 +33,10 @@ Trains a deep plain network (no normalization, no shortcuts) with and without LB
 compares them: configuration, history, weights and plots go to a folder. The same
 command continues an interrupted run, to the same numbers. Without arguments: the
 preset `mnist`, 500 layers, some 10 minutes for each net on two cores. `--preset demo`
-takes a few minutes and downloads nothing.
+takes a few minutes and downloads nothing. `--devices 2` trains on two GPUs of this
+machine (without any, on two devices made of its CPU), and the same command on every
+worker that the environment variable TF_CONFIG names on several machines, both with the
+numbers of one device, to rounding.
 """
 
 
@@ -83,6 +90,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_group.add_argument(
         "--overwrite", action="store_true", help="remove earlier results of the folder"
     )
+    run_group.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="replicas that share each batch: the first N GPUs or, without one, N "
+        "devices made of the CPU; with TF_CONFIG, on each worker (default: 1)",
+    )
 
     for field in dataclasses.fields(Settings):
         if field.metadata["group"]:
@@ -98,13 +113,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     Returns:
         The exit status. 0: done; 2: a bad argument, unreadable data or a conflicting
-        result, told in one line; 130: interrupted.
+        result, told in one line; 3: another worker is gone; 130: interrupted.
     """
     try:
         _run(arguments)
     except (ExperimentError, lbe_ops.NativeUnavailableError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except WorkerLostError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print(
             "interrupted; the same command continues after the last finished epoch",
@@ -144,50 +162,55 @@ def _add_setting(group: Any, field: dataclasses.Field) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    given = vars(arguments)
-    folder, base, nets = _start(given)
-    settings = Settings.from_mapping({**base, **given})
-    _check_installed(settings)
+    cluster = distribution.read_cluster()
+    plan = distribution.agree(
+        cluster,
+        lambda: _prepare(arguments, cluster),
+        lambda line: print(line, flush=True),
+    )
+    settings, data, folder = plan.settings, plan.data, plan.folder
     # Imported here, since they need what was just checked.
-    from lbe_ops.experiments import data as data_module
     from lbe_ops.experiments import nets as nets_module
     from lbe_ops.experiments import plots
     from lbe_ops.experiments.train import train
 
-    if folder is None:
-        name = given["name"] or settings.default_name()
-        folder = RunFolder(pathlib.Path(given["output"] or f"results/{name}"))
-    data = data_module.load(settings.data, settings.scaling)
+    strategy = distribution.start(cluster, arguments.devices)
+    replicas = distribution.describe(strategy, cluster)
     native = settings_module.NATIVE_MODES[settings.native]
-    with lbe_ops.use_native(native):
-        try:
-            op = "native" if lbe_ops.native.select() else "plain TensorFlow"
-        except ValueError as error:  # of the environment variable
-            raise ExperimentError(str(error)) from error
+    with (
+        distribution.together(cluster),
+        lbe_ops.use_native(native),
+        _native_in_threads(native if replicas else None),
+    ):
         nets_module.check(settings, data.x_train[:2], data.classes)
-        config = {
-            "settings": settings.as_dict(),
-            "data": data.describe(),
-            "nets": nets,
-            "environment": _environment(op),
-            "command": _command_line(arguments),
-        }
-        if given["overwrite"]:
-            folder.clear()
-        changed = folder.open(config)
-        if changed:
-            print(f"note: the run began elsewhere, last bits may differ ({changed})")
+        if cluster.chief:
+            config = {
+                **plan.config,
+                "environment": _environment(plan.op),
+                "command": _command_line(arguments),
+            }
+            if replicas:
+                config["environment"]["replicas"] = replicas
+            if arguments.overwrite:
+                folder.clear()
+            changed = folder.open(config)
+            if changed:
+                print(
+                    f"note: the run began elsewhere, last bits may differ ({changed})"
+                )
         print(
             f"{stem(settings.data)}: {len(data.x_train)} training and "
             f"{len(data.x_test)} validation samples, {data.classes} classes; "
             f"{settings.depth} {settings.model} layers x {settings.width}, "
-            f"{settings.activation}, {settings.initializer}; batch entropy: {op}; "
-            f"results in {folder.path}",
+            f"{settings.activation}, {settings.initializer}; batch entropy: {plan.op}; "
+            + f"replicas: {replicas}; " * bool(replicas)
+            + f"results in {folder.path}"
+            + f", written by {cluster.names[0]}" * cluster.several,
             flush=True,
         )
-        for net in nets:
+        for net in plan.nets:
             title = net.replace("_lbe", " LBE")
-            if folder.net(net).finished(settings.epochs):
+            if net in plan.finished:
                 print(
                     f"{title}: finished earlier, nothing to train "
                     "(--overwrite trains anew)"
@@ -200,10 +223,95 @@ def _run(arguments: argparse.Namespace) -> None:
                 folder.net(net),
                 NETS[net],
                 lambda line, title=title: print(f"{title}: {line}", flush=True),
+                strategy=strategy,
+                write=cluster.chief,
+                resume=not arguments.overwrite,
             )
             print(f"{title}: {time.perf_counter() - started:.0f} s", flush=True)
-    plots.draw(folder, data.chance)
-    _summarize(folder, data.chance)
+        if cluster.chief:
+            plots.draw(folder, data.chance)
+            _summarize(folder, data.chance)
+        distribution.wait_for_all(strategy, cluster)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is to be trained, and where.
+
+    Attributes:
+        finished: those of the nets that are trained already.
+        config: settings, data and nets, for the folder.
+        op: which op serves.
+    """
+
+    settings: Settings
+    data: data_module.Data
+    folder: RunFolder
+    nets: list[str]
+    finished: list[str]
+    config: dict[str, Any]
+    op: str
+
+
+def _prepare(
+    arguments: argparse.Namespace, cluster: distribution.Cluster
+) -> tuple[_Plan, dict[str, Any]]:
+    """The plan, and what of it must be the same on all workers; starts no device."""
+    given = vars(arguments)
+    distribution.check_devices(cluster, arguments.devices)
+    folder, base, nets = _start(given)
+    settings = Settings.from_mapping({**base, **given})
+    if settings.steps_per_execution > 1 and (cluster.several or arguments.devices > 1):
+        raise ExperimentError(
+            "--steps-per-execution must be 1 for several devices: TensorFlow cannot "
+            f"add up over them in a loop. Received: {settings.steps_per_execution}"
+        )
+    _check_installed(settings)
+    if folder is None:
+        name = given["name"] or settings.default_name()
+        folder = RunFolder(pathlib.Path(given["output"] or f"results/{name}"))
+    data = data_module.load(settings.data, settings.scaling)
+    with lbe_ops.use_native(settings_module.NATIVE_MODES[settings.native]):
+        try:
+            op = "native" if lbe_ops.native.select() else "plain TensorFlow"
+        except (ValueError, lbe_ops.NativeUnavailableError) as error:
+            raise ExperimentError(str(error)) from error
+    config = {"settings": settings.as_dict(), "data": data.describe(), "nets": nets}
+    if cluster.chief:
+        folder.check(config, arguments.overwrite)
+    finished, states = [], dict.fromkeys(nets, "overwritten")
+    if not arguments.overwrite:
+        finished = [net for net in nets if folder.net(net).finished(settings.epochs)]
+        if cluster.several:
+            states = {net: folder.net(net).state(settings.epochs) for net in nets}
+    facts = {
+        **config["settings"],
+        **config["data"],
+        "data": stem(settings.data),
+        "devices": arguments.devices,
+        "batch entropy": op,
+        "lbe_ops": lbe_ops.__version__,
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+        **states,
+    }
+    return _Plan(settings, data, folder, nets, finished, config, op), facts
+
+
+@contextlib.contextmanager
+def _native_in_threads(native: bool | None) -> Iterator[None]:
+    """`use_native` for the threads of replicas, which it does not reach."""
+    name = lbe_ops.native.ENVIRONMENT_VARIABLE
+    before = os.environ.get(name)
+    if native is not None:
+        os.environ[name] = str(int(native))
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+        elif native is not None:
+            del os.environ[name]
 
 
 def _start(

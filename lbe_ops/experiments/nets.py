@@ -20,7 +20,11 @@ from lbe_ops.regularizer import LBERegularizer
 
 
 def build(
-    settings: Settings, shape: tuple[int, ...], classes: int, lbe: bool
+    settings: Settings,
+    shape: tuple[int, ...],
+    classes: int,
+    lbe: bool,
+    spread: bool = False,
 ) -> keras.Model:
     """A compiled net: `depth` equal hidden layers, then logits.
 
@@ -33,6 +37,10 @@ def build(
         shape: the shape of one sample.
         classes: the number of logits.
         lbe: LBE layers in an `LBEModel`, or plain layers in a plain `keras.Model`.
+        spread: whether replicas share each batch, in whose scope this is called. A
+            plain net is an `LBEModel` then as well, which has the same variables and
+            trains to the same bits: Keras itself counts all shares alike, however
+            small, and its `fit` fails on several machines.
 
     Raises:
         ExperimentError: a convolutional net for samples that are no images.
@@ -61,8 +69,13 @@ def build(
         name="logits",
         dtype="float64" if settings.dtype == "float64" else "float32",
     )(x)
-    if lbe:
-        net = LBEModel(inputs, logits, LBE_strength=settings.lbe_strength)
+    if lbe or spread:
+        net = LBEModel(
+            inputs,
+            logits,
+            LBE_strength=settings.lbe_strength,
+            weigh_by_samples=spread,
+        )
     else:
         net = keras.Model(inputs, logits)
     net.compile(

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import pathlib
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -156,6 +157,28 @@ class NetFolder:
         """
         return self.weights.exists() and len(self.history()) >= epochs
 
+    def state(self, epochs: int) -> str:
+        """What a training would begin from, for workers to compare.
+
+        Args:
+            epochs: the epochs it is to be trained for.
+
+        Returns:
+            Equal texts for equal states only.
+
+        Raises:
+            ExperimentError: a file cannot be read.
+        """
+        try:
+            checksum = zlib.crc32(self.checkpoint.read_bytes())
+        except FileNotFoundError:
+            return "no checkpoint"
+        except OSError as error:
+            raise ExperimentError(
+                f"{self.checkpoint} cannot be read: {error.strerror}"
+            ) from error
+        return f"checkpoint {checksum:08x}" + ", finished" * self.finished(epochs)
+
     def entropies(self) -> dict[str, list[float]]:
         """Batch entropy over depth, before and after training.
 
@@ -291,11 +314,34 @@ class RunFolder:
         Raises:
             ExperimentError: it holds something else.
         """
-        self._require_own()
+        self.check(config)
         earlier = self.config()
         environment = ""
         if earlier is not None:
             environment = _differences(earlier["environment"], config["environment"])
+            nets = {*earlier["nets"], *config["nets"]}
+            config = {**config, "nets": [net for net in NETS if net in nets]}
+        try:
+            write_json(self.path / "config.json", config)
+        except OSError as error:
+            raise ExperimentError(
+                f"{self.path} cannot be written: {error.strerror}"
+            ) from error
+        return environment
+
+    def check(self, config: dict[str, Any], overwrite: bool = False) -> None:
+        """Fails where `open` would (or `clear`, to overwrite), and changes nothing.
+
+        Args:
+            config: settings and data of this run.
+            overwrite: whether the run that is there may be another one.
+
+        Raises:
+            ExperimentError: the folder holds something else.
+        """
+        self._require_own()
+        earlier = self.config()
+        if earlier is not None and not overwrite:
             changed = _changes(earlier, config)
             if changed:
                 raise ExperimentError(
@@ -309,15 +355,6 @@ class RunFolder:
                     f"--epochs {config['settings']['epochs']}; choose another "
                     "--output, or --overwrite it"
                 )
-            nets = {*earlier["nets"], *config["nets"]}
-            config = {**config, "nets": [net for net in NETS if net in nets]}
-        try:
-            write_json(self.path / "config.json", config)
-        except OSError as error:
-            raise ExperimentError(
-                f"{self.path} cannot be written: {error.strerror}"
-            ) from error
-        return environment
 
     def clear(self) -> None:
         """Removes what a run wrote, and nothing else.

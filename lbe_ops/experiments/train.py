@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from lbe_ops.experiments import nets
 from lbe_ops.experiments.data import Data
 from lbe_ops.experiments.results import NetFolder, Progress
 from lbe_ops.experiments.settings import Settings
+from lbe_ops.model import LossLogs
 
 # Measured on 2 cores; only for telling the user how long to wait.
 SECONDS_PER_LAYER = {False: 0.07, True: 0.12}
@@ -31,6 +34,10 @@ def train(
     folder: NetFolder,
     lbe: bool,
     say: Callable[[str], None],
+    *,
+    strategy: tf.distribute.Strategy | None = None,
+    write: bool = True,
+    resume: bool = True,
 ) -> None:
     """Trains a net to its last epoch, from where an earlier call left it.
 
@@ -44,11 +51,16 @@ def train(
         folder: where the results are, and go.
         lbe: with LBE or without.
         say: called with each line of progress.
+        strategy: spreads each batch over replicas, with the numbers of one device.
+        write: whether this process writes the results, of several workers one.
+        resume: whether to go on from what the folder holds.
     """
-    net = nets.build(settings, data.shape, data.classes, lbe)
+    spread = strategy is not None
+    with strategy.scope() if spread else contextlib.nullcontext():
+        net = nets.build(settings, data.shape, data.classes, lbe, spread)
     sample = data.x_test[: settings.batch_size]
     before = nets.entropies(net, sample)
-    progress = folder.restore(net)
+    progress = folder.restore(net) if resume else Progress()
     plateau = _plateau(settings, net, progress)
     first = len(progress.rows)
     if first:
@@ -78,18 +90,23 @@ def train(
             callbacks=[callback],
         ).history
         logs = {name: values[0] for name, values in history.items()}
+        if not lbe:  # what an LBEModel without LBE logs of it
+            for name in LossLogs.NAMES:
+                logs.pop(name, None), logs.pop(f"val_{name}", None)
         logs.setdefault("ce", logs["loss"])
         logs.setdefault("val_ce", logs["val_loss"])
-        logs["learning_rate"] = float(net.optimizer.learning_rate)
+        logs["learning_rate"] = float(net.optimizer.learning_rate.numpy())
         if plateau is not None:
             plateau.on_epoch_end(epoch, logs)
             progress.plateau = {"best": plateau.best, "wait": plateau.wait}
         logs["seconds"] = round(time.perf_counter() - started, 3)
         progress.rows.append({"epoch": epoch + 1, **logs})
-        folder.save(net, progress)
+        if write:
+            folder.save(net, progress)
         say(_line(progress, settings.epochs))
-    folder.write_history(progress.rows)
-    folder.finish(net, before, nets.entropies(net, sample))
+    if write:
+        folder.write_history(progress.rows)
+        folder.finish(net, before, nets.entropies(net, sample))
 
 
 class _FirstStep(keras.callbacks.Callback):

@@ -137,6 +137,9 @@ class LBERegularizer(keras.layers.Layer):
     model that shares layers with an `LBEModel` takes their alphas as they are: it is
     the `LBEModel` that trains them.
 
+    Under a `tf.distribute` strategy a plain model has the entropies of each replica's
+    own samples; an `LBEModel` has those of the whole batch.
+
     A batch of fewer than two samples adds neither loss nor gradient. The result is
     float32 (float64 for float64) under every dtype policy. In a plain Keras model
     whose graph is not made for training (`training=True`), only plain TensorFlow ops

@@ -24,6 +24,7 @@ import tensorflow as tf
 from helpers import assert_grad, assert_statistics, tensor
 
 from lbe_ops import Dense_LBE, LBEModel, NativeUnavailableError, ops, reference
+from lbe_ops.synchronized import warn_of
 
 HERE = pathlib.Path(__file__).parent
 ENVIRONMENT = {
@@ -232,6 +233,12 @@ def test_keras_distribution_is_warned_of():
             model.compile("sgd", "mse")
     finally:
         keras.distribution.set_distribution(None)
+
+
+def test_parameter_servers_are_warned_of():
+    strategy = object.__new__(tf.distribute.ParameterServerStrategy)  # needs a cluster
+    with pytest.warns(UserWarning, match="tf.distribute.MultiWorkerMirroredStrategy"):
+        warn_of(strategy)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from lbe_ops import native, synchronized
+from lbe_ops import native
 from lbe_ops.experiments import command, distribution, plots
 from lbe_ops.experiments.distribution import Cluster
 from lbe_ops.experiments.errors import ExperimentError
@@ -102,10 +102,17 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def started(arguments: list[str], **environment: str) -> Iterator[subprocess.Popen]:
+def started(
+    arguments: list[str], seconds: float = 600.0, **environment: str
+) -> Iterator[subprocess.Popen]:
     """The command in a process of its own, which is gone after the block."""
+    program = (
+        "import sys; from lbe_ops import synchronized; "
+        "from lbe_ops.experiments import command; "
+        f"synchronized.TIMEOUT_SECONDS = {seconds}; sys.exit(command.main())"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "lbe_ops.experiments", *arguments],
+        [sys.executable, "-c", program, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -226,30 +233,77 @@ def test_run_whose_worker_is_killed_goes_on(npz, alone, tmp_path):
     assert_same_numbers(folder, alone("--lbe", "--epochs", epochs), "with_lbe")
 
 
-# The meeting of the workers, in the threads of this process
+# The meeting of the workers
 
 
-def meet(
-    *prepare: object, indices: tuple[int, ...] = (0, 1), workers: int = 2, ports=()
-) -> list[object]:
-    """What `agree` returns or raises on each worker."""
-    ports = ports or free_ports(workers)
-    names = tuple(f"worker {i}" for i in range(workers))
-    addresses = tuple(f"127.0.0.1:{port}" for port in ports)
-    found: list[object] = [None] * len(indices)
+def test_what_differs_ends_all_workers(npz, tmp_path):
+    arguments = words(npz, tmp_path / "run")
+    ports = free_ports(2)
+    with (
+        started(arguments, TF_CONFIG=config(0, ports)) as chief,
+        started([*arguments, "--seed", "5"], TF_CONFIG=config(1, ports)) as other,
+    ):
+        for index, worker in enumerate((chief, other)):
+            output, error = assert_ends(worker, 2)
+            assert output == (
+                f"worker {index} waits for worker {1 - index}: ends after 600 s\n"
+            )
+            assert "error: worker 1 differs from the chief (seed: 5, not 1). " in error
+    assert not (tmp_path / "run").exists()
 
-    def worker(place: int, index: int) -> None:
-        cluster = Cluster(names, addresses, index)
+
+def test_missing_worker_ends_the_others_in_time(npz, tmp_path):
+    arguments = words(npz, tmp_path / "run", "--data", "none.npz")
+    with started(arguments, 3.0, TF_CONFIG=config(0, free_ports(2))) as chief:
+        output, error = assert_ends(chief, 1)
+    assert "none.npz cannot be read: " in output
+    assert "; worker 0 waits for worker 1: ends after 3 s" in output
+    assert "Timeout" in error
+
+
+def test_interrupt_ends_a_worker_that_waits(npz, tmp_path):
+    arguments = words(npz, tmp_path / "run")
+    with started(arguments, TF_CONFIG=config(0, free_ports(2))) as chief:
+        assert "waits for worker 1" in chief.stdout.readline()
+        with pytest.raises(subprocess.TimeoutExpired):
+            chief.wait(2)
+        chief.send_signal(signal.SIGINT)
+        assert_ends(chief, -signal.SIGINT)
+
+
+def test_taken_port_is_one_line(npz, tmp_path):
+    with socket.create_server(("", 0)) as taken:
+        ports = [taken.getsockname()[1], *free_ports(1)]
+        arguments = words(npz, tmp_path / "run")
+        with started(arguments, TF_CONFIG=config(0, ports)) as chief:
+            _, error = assert_ends(chief, 2)
+    assert "at a port of TF_CONFIG that is free" in error
+
+
+def meet(monkeypatch, *prepare) -> list[object]:
+    """What `start` returns or raises on each worker, connected by threads alone."""
+    names = tuple(f"worker {index}" for index in range(len(prepare)))
+    values, found = [None] * len(names), [None] * len(names)
+    everyone = threading.Barrier(len(names))
+
+    def gather(cluster, value):
+        values[cluster.index] = json.loads(json.dumps(value))
+        everyone.wait(30)
+        return values
+
+    monkeypatch.setattr(distribution, "_gather", gather)
+    monkeypatch.setattr(distribution, "_connect", lambda *arguments: "connected")
+
+    def work(index: int) -> None:
+        cluster = Cluster(names, index)
         try:
-            found[place] = distribution.agree(
-                cluster, lambda: prepare[place](cluster), lambda line: None
+            found[index] = distribution.start(
+                cluster, 1, lambda: prepare[index](cluster)
             )
         except ExperimentError as error:
-            found[place] = str(error)
+            found[index] = str(error)
 
-    threads = [
-        threading.Thread(target=worker, args=each) for each in enumerate(indices)
-    ]
+    threads = [threading.Thread(target=work, args=[i]) for i in range(len(names))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -258,113 +312,53 @@ def meet(
     return found
 
 
-def test_chief_is_prepared_first():
-    order = []
+def test_a_problem_ends_all_workers(monkeypatch):
+    def fails(cluster):
+        raise ExperimentError(f"none at {cluster.index}")
 
-    def prepare(cluster):
-        order.append(cluster.index)
-        return cluster.name, {"seed": 1, "shape": (6, 6)}
+    def works(cluster):
+        return 1, {"seed": 1}
 
-    assert meet(prepare, prepare) == ["worker 0", "worker 1"]
-    assert order == [0, 1]
-
-
-def fails(cluster):
-    raise ExperimentError("no data here")
-
-
-def test_what_fails_or_differs_ends_all_workers():
-    one, same = meet(lambda c: (1, {"seed": 1}), lambda c: (1, {"seed": 2}))
-    assert one == same
-    assert "worker 1 differs from the chief (seed: 2, not 1)" in one
-    one, same = meet(lambda c: (1, {}), fails)
-    assert one == same == "worker 1: no data here"
-    one, same = meet(fails, lambda c: (1, {}))
-    assert one == same == "worker 0: no data here"
+    for workers, expected in (
+        ((works, works), [("connected", 1)] * 2),
+        ((works, fails), ["worker 1: none at 1"] * 2),
+        ((fails, works), ["worker 0: none at 0"] * 2),
+        ((fails, fails, works), [f"worker {i}: none at {i}" for i in (0, 1, 0)]),
+    ):
+        assert meet(monkeypatch, *workers) == expected
 
 
-def test_workers_compare_settings_data_and_the_state_of_the_run(npz, alone, tmp_path):
+def test_workers_compare_settings_data_and_the_state_of_the_run(
+    npz, alone, tmp_path, monkeypatch
+):
     def prepare(*more, folder=tmp_path):
         arguments = words(npz, folder, "--lbe", *more)
         parser = command.argparse.ArgumentParser()
         command.add_arguments(parser)
         return lambda cluster: command._prepare(parser.parse_args(arguments), cluster)
 
+    def agree(first, second):
+        one, same = meet(monkeypatch, first, second)
+        if isinstance(one, str):
+            assert one == same
+            return one
+        assert one[1].settings == same[1].settings
+        return ""
+
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     a, b = tmp_path / "a", tmp_path / "b"  # no run there yet: nothing to differ in
-    assert all(
-        not isinstance(x, str) for x in meet(prepare(folder=a), prepare(folder=b))
-    )
-    one, same = meet(prepare(folder=a), prepare("--seed", 5, folder=a))
-    assert one == same and "(seed: 5, not 1)" in one
+    assert not agree(prepare(folder=a), prepare(folder=b))
+    assert "(seed: 5, not 1)" in agree(prepare(folder=a), prepare("--seed", 5))
     run = alone()
-    one, same = meet(prepare(folder=run), prepare(folder=b))
-    assert one == same and re.search("with_lbe: no checkpoint, not checkpoint", one)
-    assert "see the chief's folder" in one
-    again = prepare("--overwrite", folder=run), prepare("--overwrite", folder=b)
-    assert all(not isinstance(x, str) for x in meet(*again))
-    one, same = meet(
-        prepare("--width", 9, folder=run), prepare("--width", 9, folder=run)
+    line = agree(prepare(folder=run), prepare(folder=b))
+    assert re.search("with_lbe: no checkpoint, not checkpoint", line)
+    assert "see the chief's folder" in line
+    assert not agree(
+        prepare("--overwrite", folder=run), prepare("--overwrite", folder=b)
     )
-    assert one == same and "width: 8 there, 9 here" in one
-
-
-def test_missing_workers_and_taken_places_are_named(monkeypatch):
-    monkeypatch.setattr(synchronized, "TIMEOUT_SECONDS", 1.0)
-    (one,) = meet(lambda c: (1, {}), indices=(0,))
-    assert "worker 1 was not there within 1 s" in one
-    (one,) = meet(lambda c: (1, {}), indices=(1,))
-    assert "worker 0 was not there within 1 s" in one
-    with socket.create_server(("", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        cluster = Cluster(("worker 0", "worker 1"), (address, "127.0.0.1:1"), 0)
-        with pytest.raises(ExperimentError, match="is not free"):
-            distribution.agree(cluster, lambda: (1, {}), lambda line: None)
-
-
-def test_taken_port_of_a_worker_ends_all():
-    with socket.create_server(("", 0)) as taken:
-        places = free_ports(1)[0], taken.getsockname()[1]
-        one, same = meet(lambda c: (1, {}), lambda c: (1, {}), ports=places)
-    assert one == same and f"port {places[1]}" in one and "is not free" in one
-
-
-def test_second_process_of_a_worker_ends_all(monkeypatch):
-    monkeypatch.setattr(distribution, "PROBLEM_SECONDS", 1.0)
-    found = meet(*[lambda c: (1, {})] * 3, indices=(0, 1, 1), workers=3)
-    assert len({*found}) == 1 and "a second process calls itself worker 1" in found[0]
-
-
-def test_strangers_are_not_workers():
-    ports = free_ports(2)
-    addresses = tuple(f"127.0.0.1:{port}" for port in ports)
-    found = []
-
-    def chief():
-        cluster = Cluster(("worker 0", "worker 1"), addresses, 0)
-        found.append(distribution.agree(cluster, lambda: (1, {}), lambda line: None))
-
-    thread = threading.Thread(target=chief)
-    thread.start()
-    for text in (
-        b"GET / HTTP/1.1\r\n\r\n",
-        b"\xff\n",
-        b"[]\n",
-        b"{}\n",
-        b"",
-    ):
-        for _ in range(100):
-            with contextlib.suppress(ConnectionRefusedError):
-                stranger = socket.create_connection(("127.0.0.1", ports[0]))
-                break
-            thread.join(0.05)
-        stranger.sendall(text)
-        stranger.close()
-    cluster = Cluster(("worker 0", "worker 1"), addresses, 1)
-    assert distribution.agree(cluster, lambda: (2, {}), lambda line: None) == 2
-    thread.join(30)
-    assert found == [1]
+    again = prepare("--width", 9, folder=run)
+    assert "width: 8 there, 9 here" in agree(again, again)
 
 
 # Arguments
@@ -390,7 +384,7 @@ BAD_CONFIGS = {
     "[]": "AttributeError",
     '{"cluster": []}': "AttributeError",
     '{"cluster": {"worker": ["a", "b:2"]}}': "'a' is not host:port",
-    '{"cluster": {"worker": ["a:1", "b:x"]}}': "invalid literal",
+    '{"cluster": {"worker": ["a:1", "b:x"]}}': "'b:x' is not host:port",
     "{" + CLUSTER + "}": "the task None None is not in the cluster",
     "{" + CLUSTER + ', "task": {"type": "worker", "index": 2}}': "the task worker 2",
     "{" + CLUSTER + ', "task": {"type": "chief", "index": 0}}': "the task chief 0",
@@ -415,7 +409,7 @@ def test_tf_config_of_one_worker_is_none(monkeypatch):
         assert read() == Cluster() and not read().several
     jobs, task = {"worker": ["a:1"], "chief": ["b:2"]}, {"type": "worker", "index": 0}
     monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": jobs, "task": task}))
-    assert read() == Cluster(("chief 0", "worker 0"), ("b:2", "a:1"), 1)
+    assert read() == Cluster(("chief 0", "worker 0"), 1)
     assert not read().chief and read().name == "worker 0"
     with pytest.raises(ExperimentError, match="must be 1 for workers without a GPU"):
         distribution.check_devices(read(), 2)

@@ -113,7 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     Returns:
         The exit status. 0: done; 2: a bad argument, unreadable data or a conflicting
-        result, told in one line; 3: another worker is gone; 130: interrupted.
+        result, told in one line; 3: another worker is gone; 130: interrupted. Other
+        workers that do not come in time end the whole process, with 1.
     """
     try:
         _run(arguments)
@@ -163,10 +164,8 @@ def _add_setting(group: Any, field: dataclasses.Field) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     cluster = distribution.read_cluster()
-    plan = distribution.agree(
-        cluster,
-        lambda: _prepare(arguments, cluster),
-        lambda line: print(line, flush=True),
+    strategy, plan = distribution.start(
+        cluster, arguments.devices, lambda: _prepare(arguments, cluster)
     )
     settings, data, folder = plan.settings, plan.data, plan.folder
     # Imported here, since they need what was just checked.
@@ -174,7 +173,6 @@ def _run(arguments: argparse.Namespace) -> None:
     from lbe_ops.experiments import plots
     from lbe_ops.experiments.train import train
 
-    strategy = distribution.start(cluster, arguments.devices)
     replicas = distribution.describe(strategy, cluster)
     native = settings_module.NATIVE_MODES[settings.native]
     with (

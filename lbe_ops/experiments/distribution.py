@@ -2,10 +2,8 @@
 """Several devices of this machine, or several machines, that train one net.
 
 The machines (workers) are those that `TF_CONFIG` names, as TensorFlow documents it.
-Before TensorFlow connects them they meet here: TensorFlow would wait for a missing
-worker for an hour, and neither Ctrl-C nor a timer ends that. They meet at the address
-of the chief, which TensorFlow takes over afterwards. What could be different on one
-worker is compared there, so that a mismatch ends all of them and hangs none.
+Each prepares itself; TensorFlow connects them; then each tells all others what it has
+found, so that a problem or a mismatch of one ends all of them and hangs none.
 """
 
 from __future__ import annotations
@@ -16,9 +14,8 @@ import faulthandler
 import json
 import os
 import re
-import socket
-import time
-from collections.abc import Callable, Iterator, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tensorflow as tf
@@ -39,8 +36,7 @@ LOST = (
     tf.errors.DeadlineExceededError,
     tf.errors.FailedPreconditionError,
 )
-PROBLEM_SECONDS = 30.0  # for which the chief stays to tell the others of a problem
-HELLO_SECONDS = 10.0  # for a worker to say who it is; whoever does not is no worker
+GROUP_KEY = 0x6C6265  # of the collectives here; a strategy counts its own from 1
 
 T = TypeVar("T")
 
@@ -51,12 +47,10 @@ class Cluster:
 
     Attributes:
         names: such as `worker 1`; a single one where there is no cluster.
-        addresses: `host:port` of each.
         index: which of them this process is.
     """
 
     names: tuple[str, ...] = ("this process",)
-    addresses: tuple[str, ...] = ("",)
     index: int = 0
 
     @property
@@ -95,7 +89,8 @@ def read_cluster() -> Cluster:
         task = config.get("task", {})
         own = task.get("type"), task.get("index")
         for _, _, address in workers:
-            _host_and_port(address)
+            if not re.fullmatch(r".+:\d+", address):
+                raise ValueError(f"{address!r} is not host:port")
     except (ValueError, AttributeError, TypeError) as error:
         raise _bad(f"{type(error).__name__}: {error}", text) from error
     others = sorted({*jobs} - {"chief", "worker"})
@@ -110,7 +105,6 @@ def read_cluster() -> Cluster:
         raise _bad(f"the task {own[0]} {own[1]} is not in the cluster", text)
     return Cluster(
         tuple(f"{job} {number}" for job, number in known),
-        tuple(address for _, _, address in workers),
         known.index(own),
     )
 
@@ -136,35 +130,55 @@ def check_devices(cluster: Cluster, devices: int) -> None:
         )
 
 
-def start(cluster: Cluster, devices: int) -> tf.distribute.Strategy | None:
-    """Starts the devices and connects the workers; None for a single device.
+def start(
+    cluster: Cluster,
+    devices: int,
+    prepare: Callable[[], tuple[T, Mapping[str, Any]]],
+) -> tuple[tf.distribute.Strategy | None, T]:
+    """Prepares this process, starts its devices and connects it to the other workers.
+
+    Args:
+        cluster: the workers, each of which has to call this.
+        devices: how many of this machine are to be used.
+        prepare: makes whatever the training needs, and returns it together with all
+            that has to be the same on all workers, as JSON knows it. It is called
+            first, and must start no device.
+
+    Returns:
+        The strategy, None for a single device, and what `prepare` has made.
 
     Raises:
-        ExperimentError: TensorFlow has started in another way already, or cannot.
+        ExperimentError: a worker could not be prepared or differs from the chief, the
+            same on all of them; or TensorFlow cannot start.
+        WorkerLostError: another worker has failed meanwhile.
     """
+    prepared, facts, problem = None, {}, ""
+    try:
+        prepared, facts = prepare()
+    except ExperimentError as error:
+        if not cluster.several:
+            raise
+        problem = str(error)
     if devices == 1 and not cluster.several:
-        return None
-    gpus = tf.config.get_visible_devices("GPU")
+        return None, prepared
     try:
         if cluster.several:
-            if gpus:
-                tf.config.set_visible_devices(gpus[:devices], "GPU")
-            # TensorFlow waits in a way that no thread of Python can end.
-            faulthandler.dump_traceback_later(synchronized.TIMEOUT_SECONDS, exit=True)
-            try:
-                return tf.distribute.MultiWorkerMirroredStrategy()
-            finally:
-                faulthandler.cancel_dump_traceback_later()
-        kind = "GPU" if gpus else "CPU"
-        if not gpus:
-            _make_cpus(devices)
-        return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(devices)])
+            strategy = _connect(cluster, devices, problem)
+        else:
+            strategy = _mirror(devices)
     except (RuntimeError, tf.errors.OpError) as error:
         raise ExperimentError(
-            f"TensorFlow cannot start {devices} device(s) on {len(cluster.names)} "
-            "worker(s) in this process; start the command in a process of its own. "
-            f"Reason: {str(error).strip().splitlines()[0]}"
+            f"TensorFlow cannot start {devices} device(s) of {cluster.name}: "
+            f"{str(error).strip().splitlines()[0]}. Start the command in a process of "
+            "its own, and every worker once, at a port of TF_CONFIG that is free"
         ) from error
+    if cluster.several:
+        with together(cluster):
+            problems, each = zip(*_gather(cluster, (problem, facts)), strict=True)
+        problem = _conflict(cluster, problems, each)
+        if problem:
+            raise ExperimentError(problem)
+    return strategy, prepared
 
 
 def describe(strategy: tf.distribute.Strategy | None, cluster: Cluster) -> str:
@@ -173,42 +187,6 @@ def describe(strategy: tf.distribute.Strategy | None, cluster: Cluster) -> str:
         return ""
     replicas = strategy.num_replicas_in_sync
     return f"{replicas}" + f" on {len(cluster.names)} workers" * cluster.several
-
-
-def agree(
-    cluster: Cluster,
-    prepare: Callable[[], tuple[T, Mapping[str, Any]]],
-    say: Callable[[str], None],
-) -> T:
-    """Prepares all workers, the chief first, and ends all of them where one differs.
-
-    Args:
-        cluster: the workers; a single one only prepares itself.
-        prepare: makes whatever the training needs, and returns it together with all
-            that has to be the same on all workers, as JSON knows it.
-        say: called with a line before a wait.
-
-    Returns:
-        What `prepare` has made.
-
-    Raises:
-        ExperimentError: a worker could not be prepared, differs, or is not there in
-            time; the same on all that are.
-    """
-    if not cluster.several:
-        return prepare()[0]
-    deadline = time.monotonic() + synchronized.TIMEOUT_SECONDS
-    try:
-        meet = _receive if cluster.chief else _join
-        prepared, problem = meet(cluster, prepare, say, deadline)
-    except (OSError, ValueError) as error:
-        raise ExperimentError(
-            f"{cluster.name} has lost the other workers before the training began "
-            f"({error}); start the same command on all workers"
-        ) from error
-    if problem:
-        raise ExperimentError(problem)
-    return prepared
 
 
 @contextlib.contextmanager
@@ -246,166 +224,87 @@ def _bad(reason: str, text: str) -> ExperimentError:
     )
 
 
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host:
-        raise ValueError(f"{address!r} is not host:port")
-    return host.strip("[]"), int(port)
+def _mirror(devices: int) -> tf.distribute.MirroredStrategy:
+    """The devices of a single process; without a GPU, the CPU is split."""
+    gpus = tf.config.get_visible_devices("GPU")
+    if not gpus:
+        (cpu,) = tf.config.list_physical_devices("CPU")
+        made = tf.config.get_logical_device_configuration(cpu) or []
+        if len(made) < devices:
+            each = tf.config.LogicalDeviceConfiguration()
+            tf.config.set_logical_device_configuration(cpu, [each] * devices)
+    kind = "GPU" if gpus else "CPU"
+    return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(devices)])
 
 
-def _make_cpus(count: int) -> None:
-    """Splits the CPU into logical devices, before TensorFlow starts them."""
-    (cpu,) = tf.config.list_physical_devices("CPU")
-    made = tf.config.get_logical_device_configuration(cpu) or []
-    if len(made) < count:
-        each = tf.config.LogicalDeviceConfiguration()
-        tf.config.set_logical_device_configuration(cpu, [each] * count)
-
-
-def _try(
-    cluster: Cluster, prepare: Callable[[], tuple[T, Mapping[str, Any]]]
-) -> tuple[T | None, dict[str, Any], str]:
-    """What `prepare` returns, or why it failed."""
+def _connect(
+    cluster: Cluster, devices: int, problem: str
+) -> tf.distribute.MultiWorkerMirroredStrategy:
+    """Returns when all workers are there; ends the process if they are not in time."""
+    others = ", ".join(name for name in cluster.names if name != cluster.name)
+    seconds = synchronized.TIMEOUT_SECONDS
+    print(
+        f"{problem}; " * bool(problem)
+        + f"{cluster.name} waits for {others}: ends after {seconds:.0f} s",
+        flush=True,
+    )
+    gpus = tf.config.get_visible_devices("GPU")
+    if gpus:
+        tf.config.set_visible_devices(gpus[:devices], "GPU")
+    # TensorFlow would wait for an hour, in a way that neither a thread of Python nor
+    # its handler of Ctrl-C can end.
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        prepared, facts = prepare()
-    except ExperimentError as error:
-        return None, {}, f"{cluster.name}: {error}"
-    return prepared, json.loads(json.dumps(facts)), ""
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        faulthandler.cancel_dump_traceback_later()
 
 
-def _listen(cluster: Cluster) -> socket.socket:
-    port = _host_and_port(cluster.addresses[cluster.index])[1]
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
-    try:
-        return socket.create_server(("", port), family=family, dualstack_ipv6=dual)
-    except OSError as error:
-        raise ExperimentError(
-            f"port {port}, which TF_CONFIG gives {cluster.name}, is not free "
-            f"({error.strerror}): is the run before still ending? Wait, or name another"
-        ) from error
+def _gather(cluster: Cluster, value: Any) -> list[Any]:
+    """What each of the workers has, as JSON knows it; all of them have to call this.
 
+    It is on their CPUs, since workers may differ in GPUs, which a strategy cannot.
+    """
 
-def _receive(
-    cluster: Cluster, prepare: Any, say: Any, deadline: float
-) -> tuple[Any, str]:
-    """The chief's part of the meeting: what it has prepared, and the first problem."""
-    others = cluster.names[1:]
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(_listen(cluster))
-        prepared, facts, problem = _try(cluster, prepare)
-        say(
-            (f"{problem}; " if problem else "")
-            + f"the chief, {cluster.name}, waits for {', '.join(others)}"
+    def gather(x: tf.Tensor, instance: int) -> tf.Tensor:
+        return tf.raw_ops.CollectiveGatherV2(
+            input=x,
+            group_size=len(cluster.names),
+            group_key=GROUP_KEY,
+            instance_key=instance,
+            ordering_token=[],
+            timeout_seconds=synchronized.TIMEOUT_SECONDS,
         )
-        found: dict[str, _Line] = {}
-        while len(found) < len(others):
-            if problem:
-                deadline = min(deadline, time.monotonic() + PROBLEM_SECONDS)
-            server.settimeout(max(deadline - time.monotonic(), 0.01))
-            try:
-                connection, _ = server.accept()
-            except TimeoutError:
-                missing = ", ".join(name for name in others if name not in found)
-                problem = problem or _missing(missing)
-                break
-            line = _Line(stack.enter_context(connection))
-            try:
-                hello = line.receive(time.monotonic() + HELLO_SECONDS)
-                name = str(hello["worker"])
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-            if name in found or name not in others:
-                problem = problem or (
-                    f"a second process calls itself {name}: give each worker its own "
-                    "task in TF_CONFIG, and the same cluster"
-                )
-                with contextlib.suppress(OSError):
-                    line.send({"problem": problem})
-                continue
-            found[name] = line
-            line.send({"facts": facts, "problem": problem})
-        for name, line in found.items():
-            try:
-                answer = line.receive(deadline)["problem"]
-            except (OSError, ValueError):
-                answer = f"{name} has ended before the training began"
-            problem = problem or answer
-        for line in found.values():
-            with contextlib.suppress(OSError):
-                line.send({"problem": problem})
-    return prepared, problem
+
+    with tf.device("CPU:0"):
+        text = tf.constant([*json.dumps((cluster.index, value)).encode()], tf.int32)
+        length = tf.reduce_max(gather(tf.shape(text), 1))
+        text = tf.pad(text, [[0, length - len(text)]], constant_values=ord(" "))
+        rows = gather(text[tf.newaxis], 2).numpy().tolist()
+    return [value for _, value in sorted(json.loads(bytes(row)) for row in rows)]
 
 
-def _join(cluster: Cluster, prepare: Any, say: Any, deadline: float) -> tuple[Any, str]:
-    """The part of every other worker, which prepares itself when the chief has."""
-
-    def checked() -> tuple[Any, Mapping[str, Any]]:
-        _listen(cluster).close()  # TensorFlow will need the port
-        return prepare()
-
-    say(f"{cluster.name} waits for the chief at {cluster.addresses[0]}")
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                address = _host_and_port(cluster.addresses[0])
-                connection = socket.create_connection(address, HELLO_SECONDS)
-                line = _Line(stack.enter_context(connection))
-                line.send({"worker": cluster.name})
-                chief = line.receive(deadline)
-                break
-            except OSError as error:  # it is not there, or that of a run that ends
-                if time.monotonic() > deadline:
-                    raise ExperimentError(_missing(cluster.names[0])) from error
-                time.sleep(0.2)
-        problem = chief["problem"]
-        if "facts" not in chief:
-            return None, problem
-        prepared = None
-        if not problem:
-            prepared, facts, problem = _try(cluster, checked)
-            problem = problem or _mismatch(cluster, chief["facts"], facts)
-        line.send({"problem": problem})
-        return prepared, line.receive(deadline)["problem"]
-
-
-def _missing(names: str) -> str:
-    return (
-        f"{names} was not there within {synchronized.TIMEOUT_SECONDS:.0f} s; start the "
-        "same command on all workers that TF_CONFIG names"
-    )
-
-
-def _mismatch(
-    cluster: Cluster, chief: Mapping[str, Any], own: Mapping[str, Any]
+def _conflict(
+    cluster: Cluster, problems: Sequence[str], facts: Sequence[Mapping[str, Any]]
 ) -> str:
-    changed = [key for key in {**chief, **own} if chief.get(key) != own.get(key)]
-    if not changed:
-        return ""
-    text = "; ".join(f"{key}: {own.get(key)}, not {chief.get(key)}" for key in changed)
-    return (
-        f"{cluster.name} differs from the chief ({text}). Start the same command with "
-        "the same data on all workers; to continue a run, all of them have to see the "
-        "chief's folder, or a copy of it"
-    )
-
-
-class _Line:
-    """Messages over a connection, a line of JSON each."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._received = b""
-
-    def send(self, message: Mapping[str, Any]) -> None:
-        self._connection.sendall((json.dumps(message) + "\n").encode())
-
-    def receive(self, deadline: float) -> dict[str, Any]:
-        while b"\n" not in self._received:
-            self._connection.settimeout(max(deadline - time.monotonic(), 0.01))
-            part = self._connection.recv(1 << 16)
-            if not part:
-                raise ConnectionError("the other end has closed the connection")
-            self._received += part
-        text, _, self._received = self._received.partition(b"\n")
-        return json.loads(text)
+    """What a worker has in the way, this one if it has; empty if none has."""
+    order = cluster.index, *range(len(problems))
+    for index in order:
+        if problems[index]:
+            return f"{cluster.names[index]}: {problems[index]}"
+    chief = facts[0]
+    for index in order:
+        differences = "; ".join(
+            f"{key}: {facts[index].get(key)}, not {chief.get(key)}"
+            for key in {**chief, **facts[index]}
+            if facts[index].get(key) != chief.get(key)
+        )
+        if differences:
+            return (
+                f"{cluster.names[index]} differs from the chief ({differences}). Start "
+                "the same command with the same data on all workers; to continue a "
+                "run, all of them have to see the chief's folder, or a copy of it"
+            )
+    return ""

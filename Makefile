@@ -31,9 +31,12 @@ demo: $(PACKAGE) ## train 200 layers with and without LBE, plots and a short ben
 	$(BIN)/lbe-ops train --preset demo
 	$(BIN)/python benchmarks/bench_op.py --quick --output results/demo/benchmark
 
-# In tests/, where `import lbe_ops` cannot mean the source folder.
+# In tests/, where `import lbe_ops` cannot mean the source folder. A process for each
+# core takes one file after the other, in the order of tests/conftest.py.
+PYTEST = ../$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: $(PACKAGE) ## all tests, on the installed wheel
-	cd tests && LBE_REQUIRE_NATIVE=1 LBE_TEST_INSTALLED=1 ../$(BIN)/pytest $(PYTEST_ARGS)
+	cd tests && LBE_REQUIRE_NATIVE=1 LBE_TEST_INSTALLED=1 $(PYTEST) $(PYTEST_ARGS)
 
 # What depends on Keras, with the oldest one that pyproject.toml allows.
 OLDEST_KERAS = $(shell sed -n 's/.*"keras>=\([0-9.]*\),.*/\1/p' pyproject.toml)
@@ -45,7 +48,7 @@ test-keras: $(PACKAGE) ## tests of the Keras half, on the oldest Keras that is a
 	  --target build/keras-$(OLDEST_KERAS) "keras==$(OLDEST_KERAS).*"
 	cd tests && LBE_REQUIRE_NATIVE=1 LBE_TEST_INSTALLED=1 \
 	  PYTHONPATH=$(abspath build/keras-$(OLDEST_KERAS)) \
-	  ../$(BIN)/pytest $(KERAS_TESTS) $(PYTEST_ARGS)
+	  $(PYTEST) $(KERAS_TESTS) $(PYTEST_ARGS)
 
 build: $(PACKAGE) ## build the wheel into dist/ and install it into .venv
 

@@ -18,11 +18,10 @@ from helpers import (
     EMULATION,
     PATHS,
     TOLERANCES,
-    configure,
+    build,
     require_native,
     require_op_on_gpu,
     require_xla,
-    run_cmake,
 )
 
 if importlib.util.find_spec("tensorflow"):
@@ -42,14 +41,19 @@ hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
+# The files that take longest, for `make test`, where whole files go to processes.
+LONGEST = ("ops", "experiments_distributed", "cuda_emulation", "synchronized", "xla")
+
+
+def pytest_collection_modifyitems(items):
+    first = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path.stem, len(first)))
+
 
 @pytest.fixture(scope="session")
 def emulated_module():
     """lbe_ops_numpy with CUDA kernels that run on the CPU; see cuda_emulation.h."""
-    status, output = configure(EMULATION, "-DLBE_CUDA=EMULATED")
-    assert status == 0, output
-    status, output = run_cmake("--build", EMULATION)
-    assert status == 0, output[-5000:]
+    build(EMULATION, "all", "-DLBE_CUDA=EMULATED")
     (library,) = (EMULATION / "out").glob("lbe_ops_numpy_emulated.*.so")
     spec = importlib.util.spec_from_file_location("lbe_ops_numpy_emulated", library)
     module = importlib.util.module_from_spec(spec)

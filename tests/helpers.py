@@ -2,6 +2,7 @@
 """What tests share: the one table of tolerances, requirements, samples, assertions."""
 
 import dataclasses
+import fcntl
 import importlib
 import importlib.util
 import json
@@ -151,6 +152,17 @@ def configure(folder, *options, **env):
         *options,
         **env,
     )
+
+
+def build(folder, target, *options):
+    """Builds a target in a folder that is kept: one pytest process after the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status, output = configure(folder, *options)
+        assert status == 0, output
+        status, output = run_cmake("--build", folder, "--target", target)
+        assert status == 0, output[-5000:]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ TINY = (
     "--depth 3 --width 8 --epochs 2 --batch-size 64 --learning-rate 0.01 "
     "--schedule constant --initializer glorot_uniform"
 )
-TIMEOUT = 150.0
+TIMEOUT = 300.0
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,10 @@ from helpers import (
     EMULATION,
     ROOT,
     TOLERANCES,
-    configure,
+    build,
     import_numpy_module,
     missing_gpu,
     module_with_gpu,
-    run_cmake,
 )
 from ml_dtypes import bfloat16
 
@@ -42,10 +41,7 @@ THREADS = 8  # for which the work is cut, whatever the pool is
 
 
 def built(folder, include, *options):
-    status, output = configure(folder, f"-DLBE_JAX_INCLUDE={include}", *options)
-    assert status == 0, output
-    status, output = run_cmake("--build", folder, "--target", "jax_ffi")
-    assert status == 0, output[-5000:]
+    build(folder, "jax_ffi", f"-DLBE_JAX_INCLUDE={include}", *options)
     library = ctypes.CDLL(os.fspath(folder / "out" / "libjax_ffi.so"))
     library.LbeTarget.restype = library.LbePlatform.restype = ctypes.c_char_p
     library.LbeHandler.restype = ctypes.c_void_p

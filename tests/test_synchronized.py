@@ -78,6 +78,9 @@ def test_shards_agree_with_float64(path, rows, activation, ddof, dtype, toleranc
         dz = tf.concat([grads[0] for grads in fused], 0)
         return y, dz, dbias, tf.concat(alone, 0), *merged
 
+    if dtype == "bfloat16" and not path.native:
+        # TensorFlow rounds within a softplus, and XLA not even z + bias.
+        tolerance = dataclasses.replace(tolerance, statistics=2**-6, grad=2**-6)
     if path.native and path.mode == "xla":
         with pytest.raises(NativeUnavailableError, match="XLA knows no op"):
             path.run(function, z, bias, dy)

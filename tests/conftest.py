@@ -42,7 +42,10 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 # The files that take longest, for `make test`, where whole files go to processes.
-LONGEST = ("ops", "experiments_distributed", "cuda_emulation", "synchronized", "xla")
+LONGEST = (
+    *("cuda_emulation", "ops", "synchronized", "experiments_distributed"),
+    *("experiments", "epilogue", "synchronized_ops", "xla"),
+)
 
 
 def pytest_collection_modifyitems(items):

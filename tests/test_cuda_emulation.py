@@ -248,8 +248,8 @@ FAULTS = {
         ("thread", "data race"),
     ),
     "a missing barrier after the leaves of dbias are added up": (
-        "    }\n  }\n  __syncthreads();\n}\n\n// A block has the rows",
-        "    }\n  }\n}\n\n// A block has the rows",
+        "    }\n  }\n  __syncthreads();\n}\n\n// Writes zeros to the rows",
+        "    }\n  }\n}\n\n// Writes zeros to the rows",
         ("thread", "data race"),
     ),
     "a part of dbias too many": (

@@ -134,7 +134,7 @@ def result(count, name):
         (3, "equal_shards", 1e-6),
         (4, "equal_shards", 1e-6),
         (2, "equal_shards_in_float64", 1e-13),
-        (3, "equal_shards_in_float64", 1e-13),
+        (4, "equal_shards_in_float64", 1e-13),
         (2, "shards_of_one", 1e-6),
         (4, "partial_batches", 1e-6),
         (4, "partial_batches_in_float16", 5e-3),

@@ -157,17 +157,8 @@ def shards_of_one():
     return compare(6, 2)
 
 
-@case(3)
-def two_sums():
-    module.SLOT_BYTES, before = 0, module.SLOT_BYTES
-    try:
-        return compare(72, 24)
-    finally:
-        module.SLOT_BYTES = before
-
-
 @case(4)
-def two_sums_of_partial_batches():
+def two_sums():
     module.SLOT_BYTES, before = 0, module.SLOT_BYTES
     try:
         return compare(53, 16, weigh_by_samples=True)

@@ -384,9 +384,7 @@ class LBEModel(MultiWorkerTraining, keras.Model):
         samples = tf.shape(batch)[0]
         by_samples = self.lbe_by_samples and replicas() > 1
         if by_samples or any(entry.moments is not None for entry in entries):
-            entries, total = synchronize(
-                entries, ce, samples, by_samples=self.lbe_by_samples
-            )
+            entries, total = synchronize(entries, ce, samples, by_samples=by_samples)
             ce = tf.cast(total, ce.dtype)
         mean, maximum = self.lbe_loss.mean_and_max(entries, ce.dtype)
         # Keras has divided the loss by the number of replicas, which then add up.

@@ -200,6 +200,21 @@ def samples(*shape, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
+def save_patterns(folder, train, test):
+    """The file of a small data set: noisy images of three patterns."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 200, (3, 6, 6))
+    arrays = {}
+    for part, n in (("train", train), ("test", test)):
+        labels = np.arange(n) % 3
+        noise = rng.integers(0, 56, (n, 6, 6))
+        arrays[f"x_{part}"] = (patterns[labels] + noise).astype(np.uint8)
+        arrays[f"y_{part}"] = labels.astype(np.uint8)
+    path = folder / "patterns.npz"
+    np.savez(path, **arrays)
+    return path
+
+
 def tensor(values, dtype):
     """values as a tensor, and what it holds after rounding, in float64."""
     rounded = tf.cast(tf.constant(np.asarray(values)), dtype)

@@ -15,6 +15,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from helpers import save_patterns
 
 import lbe_ops
 from lbe_ops.experiments import command, data, nets, plots, results
@@ -36,17 +37,7 @@ TINY = (
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory) -> pathlib.Path:
     """A small data set: noisy images of three patterns, 150 + 40 samples."""
-    rng = np.random.default_rng(0)
-    patterns = rng.integers(0, 200, (3, 6, 6))
-    arrays = {}
-    for part, n in (("train", 150), ("test", 40)):
-        labels = np.arange(n) % 3
-        noise = rng.integers(0, 56, (n, 6, 6))
-        arrays[f"x_{part}"] = (patterns[labels] + noise).astype(np.uint8)
-        arrays[f"y_{part}"] = labels.astype(np.uint8)
-    path = tmp_path_factory.mktemp("data") / "patterns.npz"
-    np.savez(path, **arrays)
-    return path
+    return save_patterns(tmp_path_factory.mktemp("data"), train=150, test=40)
 
 
 @pytest.fixture

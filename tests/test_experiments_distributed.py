@@ -22,6 +22,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from helpers import save_patterns
 
 from lbe_ops import native
 from lbe_ops.experiments import command, distribution, plots
@@ -45,17 +46,7 @@ TIMEOUT = 300.0
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory) -> pathlib.Path:
     """A small data set: noisy images of three patterns, 129 + 41 samples."""
-    rng = np.random.default_rng(0)
-    patterns = rng.integers(0, 200, (3, 6, 6))
-    arrays = {}
-    for part, n in (("train", 129), ("test", 41)):
-        labels = np.arange(n) % 3
-        noise = rng.integers(0, 56, (n, 6, 6))
-        arrays[f"x_{part}"] = (patterns[labels] + noise).astype(np.uint8)
-        arrays[f"y_{part}"] = labels.astype(np.uint8)
-    path = tmp_path_factory.mktemp("data") / "patterns.npz"
-    np.savez(path, **arrays)
-    return path
+    return save_patterns(tmp_path_factory.mktemp("data"), train=129, test=41)
 
 
 def words(npz: pathlib.Path, output: pathlib.Path, *more: object) -> list[str]:

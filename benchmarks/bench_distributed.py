@@ -9,8 +9,8 @@ process is a `MirroredStrategy` of logical devices of the CPU, more are a
 
 All of them train by Keras' `fit` with Adam, on a distributed dataset that repeats one
 batch of noise. The variants of a net in a layout are in processes of their own and take
-turns, step by step in changing order, so that ratios come from the same seconds; first
-steps are timed with nothing else around. Collectives, and the bytes that they take, are
+turns, step by step in changing order, so that ratios come from the same seconds; while
+one of them starts, the others wait. Collectives, and the bytes that they take, are
 read in the graph of the step.
 """
 
@@ -97,8 +97,8 @@ def parse_arguments() -> argparse.Namespace:
         "--starts",
         type=int,
         default=1,
-        help="of each variant, one at a time, for the time to the first step; others "
-        "take turns, and are timed in place of these with 0 (default: 1)",
+        help="processes of each variant, which are started one at a time and take "
+        "turns (default: 1)",
     )
     parser.add_argument(
         "--limit",
@@ -118,11 +118,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.nets, arguments.rounds, arguments.starts = ["quick"], 3, 0
+        arguments.nets, arguments.rounds, arguments.starts = ["quick"], 3, 1
         if arguments.layouts == list(LAYOUTS):
             arguments.layouts = ["1x2"]
-    if min(arguments.rounds, arguments.threads, arguments.starts + 1) < 1:
-        parser.error("--rounds and --threads must be at least 1, --starts at least 0")
+    if min(arguments.rounds, arguments.threads, arguments.starts) < 1:
+        parser.error("--rounds, --starts and --threads must be at least 1")
     return arguments
 
 

@@ -76,8 +76,8 @@ def parse_arguments() -> argparse.Namespace:
         "--starts",
         type=int,
         default=1,
-        help="processes of each variant, one at a time, for the time to the first "
-        "step; another one takes turns (default: 1)",
+        help="processes of each variant, which are started one at a time and take "
+        "turns (default: 1)",
     )
     parser.add_argument("--threads", type=int, default=cores, help=f"default: {cores}")
     parser.add_argument(

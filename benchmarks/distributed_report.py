@@ -79,18 +79,23 @@ def finish(results: Mapping[str, Any], folder: pathlib.Path) -> None:
     rows, machine = results["rows"], results["machine"]
     named = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     ops = "plain TensorFlow" if results["native"] == "0" else "native ops"
-    starts = f"{results['starts']} starts, nothing else running"
-    if not results["starts"]:
-        starts = "one start beside idle processes"
+    processes = [
+        f"{row['variant']} "
+        + ", ".join(f"{1e3 * x:.1f}" for x in row["process_seconds"])
+        for row in rows
+        if len(row.get("process_seconds", ())) > 1
+    ]
     notes = [
         f"{machine['cpu']}, {machine['cores']} cores, {results['threads']} threads "
         f"shared by the processes; {named}; LBE by {ops}. All replicas are on this one "
         f"CPU: no GPU, no network. Command: {' '.join(results['command'])}",
         f"Step of `fit` with Adam: milliseconds, median of {results['rounds']} "
-        "interleaved rounds; in brackets times the net without LBE, and then times LBE "
-        "per replica, each the median over the rounds with its 95 % bootstrap "
-        f"interval. First step: median of {starts}, with the making and tracing of the "
+        f"interleaved rounds of {results['starts']} processes; in brackets times the "
+        "net without LBE, and then times LBE per replica, each the median over the "
+        "rounds with its 95 % bootstrap interval. First step: median of these "
+        "processes, of which one starts at a time, with the making and tracing of the "
         "model, without imports.",
+        *([f"Medians of each process: {'; '.join(processes)}."] if processes else []),
         "Collectives: of a replica in a step. KB: what they take from a replica, in "
         "thousands of bytes; in a ring of R each replica sends, and receives, "
         "2 (R - 1) / R times that. Statistics are those of LBE or of batch "

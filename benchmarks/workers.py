@@ -114,72 +114,65 @@ def measure(
 ) -> None:
     """Adds to the rows what their variants take, or why they were `skipped`.
 
+    Processes of the same work differ by some hundredths, by where their memory lies:
+    a ratio that is to be trusted to that needs several of each variant.
+
     Args:
         rows: each with its `variant`; the first is what others compare to.
-        start: makes the worker of a variant.
-        rounds: turns of each variant.
-        starts: workers of each variant, one at a time, for the time to the first step.
-            Another one takes turns; it is also what the first step is taken from where
-            `starts` is 0.
+        start: makes a worker of a variant.
+        rounds: turns of each worker. `step_seconds` has, of each round, the mean over
+            the workers; `process_seconds`, of each worker, the median over the rounds.
+        starts: workers of each variant, started one at a time and in changing order,
+            for `first_step_seconds`. All of them take turns then.
 
     Raises:
         WorkerError: the first variant cannot be trained.
     """
-    workers: dict[str, Worker] = {}
-    first: dict[str, list[float]] = {row["variant"]: [] for row in rows}
+    workers: dict[str, list[Worker]] = {row["variant"]: [] for row in rows}
 
-    def skip(row: dict[str, object], error: WorkerError) -> None:
-        if row is rows[0]:
+    def skip(variant: str, error: WorkerError) -> None:
+        if variant == rows[0]["variant"]:
             raise error
-        row["skipped"] = str(error)
-        workers.pop(row["variant"], None)
-
-    def started(row: dict[str, object]) -> Worker | None:
-        if "skipped" in row:
-            return None
-        try:
-            return start(row["variant"])
-        except WorkerError as error:
-            skip(row, error)
-            return None
+        next(row for row in rows if row["variant"] == variant)["skipped"] = str(error)
+        for worker in workers.pop(variant):
+            worker.stop()
 
     order = np.random.default_rng(0)
-    # With nothing else around: whoever comes last would find the machine in another
-    # state than whoever comes first.
-    for _ in range(starts):
-        for index in order.permutation(len(rows)):
-            worker = started(rows[index])
-            if worker is not None:
-                first[rows[index]["variant"]].append(worker.first_step_seconds)
-                worker.stop()
-    seconds: dict[str, list[float]] = {row["variant"]: [] for row in rows}
     try:
-        for row in rows:
-            worker = started(row)
-            if worker is not None:
-                workers[row["variant"]] = worker
-                if not starts:
-                    first[row["variant"]].append(worker.first_step_seconds)
-        for index in range(1 + rounds):  # the first says how long a step takes
+        for _ in range(starts):
             for variant in order.permutation(list(workers)):
                 try:
-                    taken = workers[variant].turn()
+                    workers[variant].append(start(variant))
                 except WorkerError as error:
-                    skip(next(r for r in rows if r["variant"] == variant), error)
+                    skip(variant, error)
+        seconds = {variant: np.zeros((rounds, starts)) for variant in workers}
+        for number in range(-1, rounds):  # the first says how long a step takes
+            for turn in order.permutation(len(rows) * starts):
+                row, index = divmod(turn, starts)
+                variant = rows[row]["variant"]
+                if variant not in workers:
                     continue
-                if index:
-                    seconds[variant].append(taken)
+                try:
+                    taken = workers[variant][index].turn()
+                except WorkerError as error:
+                    skip(variant, error)
+                    continue
+                if number >= 0:
+                    seconds[variant][number, index] = taken
         for row in rows:
-            if "skipped" in row:
-                continue
             variant = row["variant"]
-            try:
-                row |= workers[variant].finish()
-            except WorkerError as error:
-                skip(row, error)
+            if variant not in workers:
                 continue
-            row["first_step_seconds"] = first[variant]
-            row["step_seconds"] = seconds[variant]
+            first = [worker.first_step_seconds for worker in workers[variant]]
+            try:
+                figures = [worker.finish() for worker in workers[variant]]
+            except WorkerError as error:
+                skip(variant, error)
+                continue
+            row |= figures[0]
+            row["first_step_seconds"] = first
+            row["step_seconds"] = seconds[variant].mean(1).tolist()
+            row["process_seconds"] = np.median(seconds[variant], 0).tolist()
     finally:
-        for worker in workers.values():
+        for worker in sum(workers.values(), []):
             worker.stop()

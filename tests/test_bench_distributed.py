@@ -40,6 +40,7 @@ def test_a_short_run_on_two_replicas(modules, tmp_path):
     assert tuple(rows) == modules[1].VARIANTS
     for row in rows.values():
         assert len(row["step_seconds"]) == 3
+        assert row["process_seconds"] == [sorted(row["step_seconds"])[1]]
         assert 0 < min(row["step_seconds"]) < row["first_step_seconds"][0]
         assert row["peak_memory_bytes"] > 2**27  # TensorFlow alone needs that
     collectives = {name: row["collectives"] for name, row in rows.items()}
@@ -92,6 +93,7 @@ def rows_of(modules, seconds):
             "layout": dataclasses.asdict(distributed_worker.Layout(1, 2)),
             "variant": variant,
             "step_seconds": steps,
+            "process_seconds": [steps[0], steps[1]],
             "first_step_seconds": [10.0 + index],
             "collectives": {"gradients": [8], "statistics": [4] * index, "logs": []},
             "nodes": 5,
@@ -134,6 +136,7 @@ def test_variants_that_take_too_long_are_left_out_with_the_reason(modules, tmp_p
         "takes longer than 300 seconds." in table
     )
     assert table.count("\n| dense") == 1
+    assert "Medians of each process: no LBE 1000.0, 1100.0." in table
 
 
 def test_a_worker_that_is_too_slow_is_ended(modules):

@@ -20,7 +20,7 @@ SOURCES := $(shell find lbe_ops cc cuda -type f -not -name '*.py[co]' \
            CMakeLists.txt setup.py MANIFEST.in README.md LICENSE
 CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.cc cuda/*.cu cuda/*.cuh tests/*.h tests/*.cc benchmarks/*.c)
 
-.PHONY: help demo test test-keras build bench bench-training bench-distributed test-gpu bench-gpu evidence-gpu lint format sanitize clean
+.PHONY: help demo test test-keras build wheel bench bench-training bench-distributed test-gpu bench-gpu evidence-gpu lint format sanitize clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -51,6 +51,20 @@ test-keras: $(PACKAGE) ## tests of the Keras half, on the oldest Keras that is a
 	  $(PYTEST) $(KERAS_TESTS) $(PYTEST_ARGS)
 
 build: $(PACKAGE) ## build the wheel into dist/ and install it into .venv
+
+# One wheel for every Python and every TensorFlow that pyproject.toml allows, on systems
+# as old as those that TensorFlow's own wheels serve; auditwheel looks at every library.
+PYTHONS ?= $(shell $(PYTHON) .ci/supported.py pythons)
+TENSORFLOWS ?= $(shell $(PYTHON) .ci/supported.py tensorflows)
+WHEEL_PLATFORM := manylinux_2_27_x86_64
+
+wheel: $(REQUIREMENTS) ## one wheel for all TensorFlows and Pythons, into dist/
+	rm -rf build/lib* build/bdist* build/wheel
+	LBE_NATIVE=ON LBE_TENSORFLOW="$(TENSORFLOWS)" LBE_PYTHONS="$(PYTHONS)" \
+	  $(BIN)/python -m pip wheel -v --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat $(WHEEL_PLATFORM) \
+	  --exclude 'libtensorflow_*.so.2' --wheel-dir dist build/wheel/lbe_ops-*.whl
+	ls -l dist
 
 bench: $(PACKAGE) ## the whole benchmark, into results/benchmark
 	$(BIN)/python benchmarks/bench_op.py --output results/benchmark
@@ -122,16 +136,15 @@ $(REQUIREMENTS): pyproject.toml .ci/requirements.py
 # build/, so that only what changed is compiled again; copies of old modules are not.
 $(PACKAGE): $(REQUIREMENTS) $(SOURCES) $(BUILD_OPTIONS)
 	rm -rf build/lib* dist
-	$(BIN)/python -m pip wheel -v --no-build-isolation --no-deps -w dist .
+	LBE_NATIVE=ON $(BIN)/python -m pip wheel -v --no-build-isolation --no-deps -w dist .
 	$(BIN)/python -m pip install --force-reinstall --no-deps dist/lbe_ops-*.whl
 	$(BIN)/lbe-ops info
 	@touch $@
 
-# Built anew where the options, the CUDA compiler or the headers that XLA needs are
-# others than last time.
+# Built anew where the options or the CUDA compiler are others than last time.
 $(BUILD_OPTIONS): $(REQUIREMENTS) always
 	@options="$(LBE_CUDA) $(LBE_XLA) $${CUDACXX:-$$(PATH="$$PATH:/usr/local/cuda/bin" \
-	  command -v nvcc)} $(wildcard /usr/include/highwayhash /usr/include/farmhash.h)"; \
+	  command -v nvcc)}"; \
 	[ "$$(cat $@ 2>/dev/null)" = "$$options" ] || echo "$$options" > $@
 
 .PHONY: always

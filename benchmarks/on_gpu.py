@@ -117,18 +117,23 @@ def missing_modules(names: list[str]) -> list[str]:
 
 def untested() -> list[str]:
     """What the tests of a build leave out on this machine, and why."""
-    if not (SITE / "lbe_ops" / "libtf_ops.so").exists():
+    if not built("libtf_ops.so"):
         return [f"TensorFlow's op: {sys.executable} cannot import tensorflow"]
     lines = []
     script = "import sys, tensorflow as tf; sys.exit(not tf.test.is_built_with_cuda())"
     if subprocess.run([sys.executable, "-c", script], check=False).returncode != 0:
         lines.append("TensorFlow's op on the GPU: a TensorFlow without GPU support")
-    if not (SITE / "lbe_ops" / "libxla_ops.so").exists():
+    if not built("libxla_ops.so"):
         lines.append(
-            "the op under XLA: built without libxla_ops.so, which needs "
-            "sudo apt-get install -y libhighwayhash-dev libfarmhash-dev"
+            "the op under XLA: built without libxla_ops.so, which needs TensorFlow "
+            "2.20 or newer"
         )
     return lines
+
+
+def built(name: str) -> bool:
+    """Whether there is that library for TensorFlow in the build."""
+    return any((SITE / "lbe_ops").glob(f"tensorflow*/{name}"))
 
 
 def build(path: str) -> None:
@@ -392,7 +397,7 @@ def main(arguments: list[str]) -> int:
     if command == "test":
         left_out = [f"NOT TESTED: {what}" for what in untested()]
         env["LBE_REQUIRE_NATIVE"] = "1"
-        if (SITE / "lbe_ops" / "libxla_ops.so").exists():
+        if built("libxla_ops.so"):
             env["LBE_REQUIRE_XLA"] = "1"
     # Before the tests, for who waits; and after, where it is read.
     for line in left_out:

@@ -207,6 +207,10 @@ struct Parallel {
               void* argument);
 };
 
+// The functions are what the library of the kernels has to offer; everything
+// else in it is hidden.
+#pragma GCC visibility push(default)
+
 void ForwardCpu(const Parallel& parallel, const Problem& problem,
                 const ForwardArguments& arguments);
 void GradientCpu(const Parallel& parallel, const Problem& problem,
@@ -267,6 +271,8 @@ struct CudaSystem {
 // What there is to know of one GPU, without creating a context on it: by
 // default the first one that CUDA sees.
 CudaSystem DescribeCuda(int device = 0);
+
+#pragma GCC visibility pop
 
 }  // namespace lbe
 

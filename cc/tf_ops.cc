@@ -425,10 +425,19 @@ class Cpu {
     return {pool_->NumThreads(), pool_,
             [](void* pool, int workers, void (*body)(void*), void* argument) {
               static_cast<ThreadPool*>(pool)->ParallelFor(
-                  workers, ThreadPool::SchedulingParams::Fixed(1),
+                  workers, OneBlockEach(),
                   [body, argument](int64_t, int64_t) { body(argument); });
             }};
   }
+
+// TensorFlow 2.19 has this constructor only, and 2.21 advises against it.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  static ThreadPool::SchedulingParams OneBlockEach() {
+    return ThreadPool::SchedulingParams(
+        ThreadPool::SchedulingStrategy::kFixedBlockSize, {}, 1);
+  }
+#pragma GCC diagnostic pop
 
   ThreadPool* pool_;
 };

@@ -5,12 +5,12 @@
 
 #include "xla_custom_call.h"
 
-#include <charconv>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 
+#include "absl/strings/str_format.h"
 #include "kernels.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_handlers.h"
@@ -66,10 +66,7 @@ std::string CustomCallConfig(const Problem& problem, const Epilogue& epilogue,
   // 17 digits are a double; with a point in each, whatever the locale: MLIR
   // wants it.
   const auto text = [](double value) {
-    char digits[32];
-    const auto end = std::to_chars(digits, digits + sizeof(digits), value,
-                                   std::chars_format::scientific, 16);
-    return std::string(digits, end.ptr);
+    return absl::StrFormat("%.16e", value);
   };
   return "{dtype = " + std::to_string(static_cast<int>(problem.dtype)) +
          " : i64, ddof = " + std::to_string(problem.formula.ddof) +

@@ -24,7 +24,7 @@ def collect() -> dict[str, str | dict[str, str]]:
         and `xla` are "yes", or "no: " and the reason (`xla` may be "yes: plain HLO
         only", without the native kernels); `cuda` is the toolkit and the architectures
         that the library was built for, `gpu` the device that it runs on, or "no: " and
-        the reason; `build` is what else the compiled code says about itself, empty
+        the reason; `installation` is what its build said; `build` is what else the compiled code says about itself, empty
         where there is none.
     """
     with warnings.catch_warnings():
@@ -58,6 +58,7 @@ def collect() -> dict[str, str | dict[str, str]]:
         "numpy": numpy,
         "simd": simd,
         "cuda": build.pop("cuda", "no"),
+        "installation": native.build_line() or "from a source folder",
         "gpu": gpu,
         "xla": xla,
         "build": build,

@@ -31,7 +31,10 @@ import tensorflow as tf
 from lbe_ops.keras_internals import compiled_by_xla
 
 ENVIRONMENT_VARIABLE = "LBE_OPS_NATIVE"
-LIBRARY_PATH = pathlib.Path(__file__).with_name("libtf_ops.so")
+# Beside this file there is a folder for each minor of TensorFlow that was built for.
+FOLDER = pathlib.Path(__file__).parent
+_RUNNING = ".".join(tf.__version__.split(".")[:2])
+LIBRARY_PATH = FOLDER / f"tensorflow{_RUNNING}" / "libtf_ops.so"
 # How XLA compiles the ops; a library of its own, beside that of the ops.
 XLA_LIBRARY_NAME = "libxla_ops.so"
 
@@ -204,6 +207,19 @@ def built_for(path: pathlib.Path) -> str | None:
     return marker.group(1).decode()
 
 
+def minors() -> list[str]:
+    """The TensorFlow minors that there are compiled libraries for, oldest first."""
+    found = [path.parent.name for path in FOLDER.glob("tensorflow*/libtf_ops.so")]
+    names = [name.removeprefix("tensorflow") for name in found]
+    return sorted(names, key=lambda name: [int(part) for part in name.split(".")])
+
+
+def build_line() -> str:
+    """What the build of this installation said about itself, or ''."""
+    path = FOLDER / "build.txt"
+    return path.read_text().strip() if path.exists() else ""
+
+
 def load() -> Native:
     """Loads the libraries at the first call; later calls return the same outcome.
 
@@ -217,11 +233,16 @@ def load() -> Native:
 def _load() -> Native:
     path = LIBRARY_PATH
     if not path.exists():
-        return Native(
-            None,
-            f"there is no compiled library at {path} (lbe_ops was installed "
-            "without one).",
+        built = minors()
+        if not built:
+            said = build_line() or "it was installed without one."
+            return Native(None, f"lbe_ops has no compiled library: {said}")
+        reason = (
+            f"lbe_ops was built for TensorFlow {' and '.join(built)}, and this is "
+            f"TensorFlow {tf.__version__}."
         )
+        _warn(f"lbe_ops falls back to plain TensorFlow: {reason}")
+        return Native(None, reason)
     ops, reason = _open(path, tf.load_op_library)
     if reason:
         _warn(f"lbe_ops falls back to plain TensorFlow: {reason}")
@@ -231,8 +252,8 @@ def _load() -> Native:
         return Native(
             ops,
             "",
-            f"lbe_ops was built without {path.name}: `sudo apt-get install -y "
-            "libhighwayhash-dev libfarmhash-dev` and build it again.",
+            f"lbe_ops was built without {path.name} for TensorFlow {_RUNNING}: from "
+            "2.20 on it can be, unless LBE_XLA=OFF.",
         )
     _, reason = _open(path, tf.load_library)
     if reason:
@@ -243,12 +264,11 @@ def _load() -> Native:
 
 def _open(path: pathlib.Path, load: Callable[[str], Any]) -> tuple[Any, str]:
     """What `load` returns for a library, and why it cannot be loaded, or ''."""
-    running = ".".join(tf.__version__.split(".")[:2])
     try:
         built = built_for(path)
         if built is None:
             return None, f"{path} is damaged or not a library of lbe_ops."
-        if built != running:
+        if built != _RUNNING:
             # Never load it: TensorFlow's C++ ABI changes with every minor.
             return None, (
                 f"{path.name} was built for TensorFlow {built}, and this is "
@@ -261,8 +281,8 @@ def _open(path: pathlib.Path, load: Callable[[str], Any]) -> tuple[Any, str]:
 
 def _warn(what: str) -> None:
     warnings.warn(
-        f"{what} Rebuild it: `pip install --force-reinstall --no-deps .` in its "
-        "source folder.",
+        f"{what} `pip install --force-reinstall --no-deps .` in the source folder of "
+        "lbe_ops builds it for what is installed here.",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -279,10 +279,11 @@ def test_what_is_not_tested_is_said(load_script, monkeypatch, tmp_path):
     monkeypatch.setattr(on_gpu, "SITE", tmp_path)
     (line,) = on_gpu.untested()
     assert "cannot import tensorflow" in line
-    (tmp_path / "lbe_ops").mkdir()
-    (tmp_path / "lbe_ops" / "libtf_ops.so").touch()
-    assert "libhighwayhash-dev libfarmhash-dev" in on_gpu.untested()[-1]
-    (tmp_path / "lbe_ops" / "libxla_ops.so").touch()
+    folder = tmp_path / "lbe_ops" / "tensorflow2.21"
+    folder.mkdir(parents=True)
+    (folder / "libtf_ops.so").touch()
+    assert "needs TensorFlow 2.20 or newer" in on_gpu.untested()[-1]
+    (folder / "libxla_ops.so").touch()
     assert not any("XLA" in line for line in on_gpu.untested())
 
 

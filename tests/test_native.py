@@ -68,8 +68,10 @@ def test_bad_modes_name_what_was_received(monkeypatch):
 def library(monkeypatch, tmp_path, no_environment):
     """A copy of the library in place of the real one, not yet loaded."""
     require_native()
-    path = tmp_path / native.LIBRARY_PATH.name
+    path = tmp_path / native.LIBRARY_PATH.parent.name / native.LIBRARY_PATH.name
+    path.parent.mkdir()
     shutil.copy(native.LIBRARY_PATH, path)
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
     monkeypatch.setattr(native, "LIBRARY_PATH", path)
     native._load.cache_clear()
     yield path
@@ -95,7 +97,29 @@ def falls_back(expected_warnings):
 def test_a_missing_library_is_quiet(library):
     library.unlink()
     _, reason = falls_back(expected_warnings=0)
-    assert "no compiled library" in reason
+    assert "lbe_ops has no compiled library" in reason
+
+
+def test_what_the_build_said_is_the_reason(library):
+    library.unlink()
+    said = "without native libraries: there is no C++ compiler."
+    (native.FOLDER / "build.txt").write_text(f"{said}\n")
+    _, reason = falls_back(expected_warnings=0)
+    assert f"lbe_ops has no compiled library: {said}" in reason
+
+
+def test_other_minors_than_the_running_one_are_named_once(library):
+    for minor in ("2.100", "2.99"):
+        (native.FOLDER / f"tensorflow{minor}").mkdir()
+        shutil.copy(library, native.FOLDER / f"tensorflow{minor}")
+    library.unlink()
+    warning, reason = falls_back(expected_warnings=1)
+    expected = (
+        f"lbe_ops was built for TensorFlow 2.99 and 2.100, and this is TensorFlow "
+        f"{tf.__version__}."
+    )
+    assert expected in warning
+    assert expected in reason
 
 
 @pytest.mark.parametrize("kept", [0, 1000, 0.5, 0.97])
@@ -140,7 +164,7 @@ def test_a_library_for_another_minor_is_never_loaded(library, monkeypatch):
     for text in (warning, reason):
         assert "built for TensorFlow 2.19" in text
         assert f"this is TensorFlow {tf.__version__}" in text
-    assert "Rebuild" in warning
+    assert "builds it for what is installed here" in warning
 
 
 def test_release_candidates_are_known_by_their_minor(library):

@@ -20,12 +20,12 @@ SOURCES := $(shell find lbe_ops cc cuda -type f -not -name '*.py[co]' \
            CMakeLists.txt setup.py MANIFEST.in README.md LICENSE
 CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.cc cuda/*.cu cuda/*.cuh tests/*.h tests/*.cc benchmarks/*.c)
 
-.PHONY: help demo test test-keras build wheel bench bench-training bench-distributed test-gpu bench-gpu evidence-gpu lint format sanitize clean
+.PHONY: help demo test test-keras build wheel bench bench-training bench-distributed test-gpu bench-gpu evidence-gpu lint format sanitize test-aarch64 clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1: /p' Makefile
 
 demo: $(PACKAGE) ## train 200 layers with and without LBE, plots and a short benchmark
 	$(BIN)/lbe-ops train --preset demo
@@ -108,6 +108,28 @@ sanitize: $(REQUIREMENTS) ## kernel tests under ASan + UBSan, then under TSan
 	    LBE_OPS_SIMD=$$simd $$folder/kernel_test || exit 1; \
 	  done; \
 	done
+
+# Cross-compiled and emulated: it shows bits, not speed.
+test-aarch64: $(REQUIREMENTS) ## kernel tests for aarch64, emulated, and whether its bits are these
+	@for program in aarch64-linux-gnu-g++ qemu-aarch64; do \
+	  command -v $$program >/dev/null || { echo "error: $$program is missing:" \
+	    "sudo apt-get install -y g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }; \
+	done
+	export PATH="$(abspath $(BIN)):$$PATH" QEMU_LD_PREFIX=/usr/aarch64-linux-gnu; \
+	set -e; \
+	cmake -S . -B build/native -G Ninja -DLBE_KERNEL_TEST=ON; \
+	cmake -S . -B build/aarch64 -G Ninja -DLBE_KERNEL_TEST=ON \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++; \
+	cmake --build build/native; \
+	cmake --build build/aarch64; \
+	qemu-aarch64 build/aarch64/kernel_test; \
+	qemu-aarch64 build/aarch64/kernel_test digests > build/aarch64/digests; \
+	for simd in avx512 avx2 baseline; do \
+	  LBE_OPS_SIMD=$$simd build/native/kernel_test digests > build/native/digests; \
+	  diff build/native/digests build/aarch64/digests; \
+	done; \
+	echo "the same digests, all $$(wc -l < build/aarch64/digests)"
 
 clean: ## remove .venv and everything built; results/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

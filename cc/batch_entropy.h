@@ -213,7 +213,9 @@ LBE_MATH V Variance(const V& m2, int64_t rows, const Formula& formula) {
   return m2 / static_cast<Scalar>(rows - formula.ddof);
 }
 
-// The constants of the entropy in the type of the results.
+// The constants of the entropy in the type of the results. The logarithm is the
+// C library's, the only function here that is: glibc's with and without fused
+// multiply-adds differ in a double's last bit, for one offset in 170,000.
 template <typename Scalar>
 struct EntropyFactors {
   Scalar variance;    // scale / offset, or scale where offset is 0

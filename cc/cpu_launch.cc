@@ -3,7 +3,6 @@
 // The CPU launchers: picks the instruction set, cuts the work into parts and
 // runs them on the caller's threads. How it is cut never changes a result.
 
-#include <immintrin.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -13,6 +12,7 @@
 #include <cstring>
 
 #include "cpu_loops.h"
+#include "cpu_processor.h"
 #include "kernels.h"
 
 namespace lbe {
@@ -28,24 +28,15 @@ constexpr int64_t kMinTile = 256;
 // A gradient larger than this would push everything else out of the caches.
 constexpr int64_t kStreamBytes = 16 << 20;
 
-struct Simd {
-  const char* name;
-  const CpuLoops* loops;
-};
-
 Simd ChooseSimd() {
-  const Simd known[] = {{"avx512", CpuLoopsAvx512()},
-                        {"avx2", CpuLoopsAvx2()},
-                        {"baseline", CpuLoopsBaseline()}};
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f");
-  const int best = avx512 ? 0 : avx2 ? 1 : 2;
-  const char* wanted = std::getenv("LBE_OPS_SIMD");
-  for (int level = best; level < 3 && wanted != nullptr; ++level) {
-    if (std::strcmp(wanted, known[level].name) == 0) return known[level];
+  const char* const wanted = std::getenv("LBE_OPS_SIMD");
+  Simd best = {};
+  for (const Simd& simd : InstructionSets()) {
+    if (!simd.is_there) continue;
+    if (best.loops == nullptr) best = simd;
+    if (wanted != nullptr && std::strcmp(wanted, simd.name) == 0) return simd;
   }
-  return known[best];
+  return best;
 }
 
 const Simd& ChosenSimd() {
@@ -56,24 +47,6 @@ const Simd& ChosenSimd() {
 const CpuLoops& LoopsFor(DType dtype) {
   return ChosenSimd().loops[static_cast<int>(dtype)];
 }
-
-// Rounds to nearest and flushes subnormal numbers to zero while it lives,
-// whatever the thread's own mode is: the same bits on every thread, and no slow
-// arithmetic where a dead network's activations shrink to 1e-40.
-class FloatingPointMode {
- public:
-  FloatingPointMode() : saved_(_mm_getcsr()) {
-    _mm_setcsr((saved_ & ~_MM_ROUND_MASK) | _MM_FLUSH_ZERO_ON |
-               kDenormalsAreZero);
-  }
-  ~FloatingPointMode() { _mm_setcsr(saved_); }
-  FloatingPointMode(const FloatingPointMode&) = delete;
-  FloatingPointMode& operator=(const FloatingPointMode&) = delete;
-
- private:
-  static constexpr unsigned kDenormalsAreZero = 0x0040;
-  const unsigned saved_;
-};
 
 // Asks for huge pages where a large result is about to be written, as a rule
 // for the first time: the system then clears 2 MB a fault instead of 4 KB.
@@ -329,6 +302,8 @@ void EpilogueGradient(const Parallel& parallel, const Problem& problem,
 }  // namespace
 
 const char* CpuSimdLevel() { return ChosenSimd().name; }
+
+const char* CpuSimdLevels() { return kSimdLevels; }
 
 int64_t ForwardCpuWorkspace(const Problem& problem, int threads) {
   const ForwardCut cut = CutForward(problem, threads);

@@ -131,7 +131,7 @@ struct Loops {
       if (next == nullptr) return;
       constexpr int64_t kFetched = kLeafRows * kLanes * sizeof(Element);
       for (int64_t at = 0; at < kFetched; at += kLineBytes) {
-        _mm_prefetch(next + at, _MM_HINT_T1);
+        __builtin_prefetch(next + at, 0, 2);
       }
       next += kFetched;
       if (next >= row_end) {
@@ -533,7 +533,7 @@ struct Loops {
       GradientRows<1, kStream, kStatistics>(x + row * stride, stride, columns,
                                             of, dx + row * stride);
     }
-    if constexpr (kStream) _mm_sfence();
+    if constexpr (kStream) EndStream();
   }
 
   static void Gradient(const Problem& problem,

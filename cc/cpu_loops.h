@@ -56,7 +56,8 @@ struct CpuLoops {
   void (*round)(const void* from, int64_t count, void* to);
 };
 
-// One entry for each dtype, in the order of DType.
+// One entry for each dtype, in the order of DType. Which of these tables there
+// are depends on the processor: see cpu_processor.h.
 const CpuLoops* CpuLoopsBaseline();
 const CpuLoops* CpuLoopsAvx2();
 const CpuLoops* CpuLoopsAvx512();

@@ -9,22 +9,11 @@
 #ifndef LBE_OPS_CC_CPU_VECTORS_H_
 #define LBE_OPS_CC_CPU_VECTORS_H_
 
-#include <immintrin.h>
-
+#include "cpu_processor.h"
 #include "kernels.h"
 
 namespace lbe {
 namespace {
-
-// As wide as a register. The compiler keeps wider ones in memory.
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-constexpr int kLineBytes = 64;  // of the caches
 
 typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
 typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
@@ -54,23 +43,11 @@ struct Integers<DoubleVector> {
 
 namespace {
 
-template <typename V>
-LBE_MATH V LoadVector(const void* from) {
-  V vector;
-  __builtin_memcpy(&vector, from, sizeof(vector));
-  return vector;
-}
-
-template <typename V>
-LBE_MATH void StoreVector(const V& vector, void* to) {
-  __builtin_memcpy(to, &vector, sizeof(vector));
-}
-
 // Keeps the compiler from reading from memory a second time what it has read.
 template <typename... Vectors>
 LBE_MATH void KeepInRegisters(Vectors&... vectors) {
   const auto keep = [](auto& v) __attribute__((always_inline)) {
-    asm("" : "+v"(v));
+    asm("" : "+" LBE_VECTOR_REGISTER(v));
   };
   (keep(vectors), ...);
 }
@@ -96,26 +73,8 @@ struct Convert<double> {
 template <>
 struct Convert<BFloat16> {
   using Vector = FloatVector;
-#if defined(__AVX512F__)
-  LBE_MATH Vector Load(const BFloat16* x) {
-    const __m512i bits = _mm512_cvtepu16_epi32(LoadVector<__m256i>(x));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-  }
-  LBE_MATH void StoreUpperHalves(const Uint32Vector& bits, BFloat16* x) {
-    StoreVector(_mm512_cvtepi32_epi16(BitCast<__m512i>(bits >> 16)), x);
-  }
-#elif defined(__AVX2__)
-  LBE_MATH Vector Load(const BFloat16* x) {
-    const __m256i bits = _mm256_cvtepu16_epi32(LoadVector<__m128i>(x));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
-  }
-  LBE_MATH void StoreUpperHalves(const Uint32Vector& bits, BFloat16* x) {
-    // Each half of a register is shuffled by itself.
-    const __m256i order = _mm256_set1_epi64x(0x0f0e0b0a07060302);
-    const __m256i halves = _mm256_shuffle_epi8(BitCast<__m256i>(bits), order);
-    StoreVector(
-        _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0b1000)), x);
-  }
+#ifdef LBE_BFLOAT16_INSTRUCTIONS
+  LBE_MATH Vector Load(const BFloat16* x) { return LoadUpperHalves(x); }
 #else
   LBE_MATH Vector Load(const BFloat16* x) {
     const auto bits = LoadVector<Uint16Vector>(x);
@@ -137,20 +96,9 @@ struct Convert<BFloat16> {
 template <>
 struct Convert<Half> {
   using Vector = FloatVector;
-#if defined(__AVX512F__)
-  LBE_MATH Vector Load(const Half* x) {
-    return _mm512_cvtph_ps(LoadVector<__m256i>(x));
-  }
-  LBE_MATH void Store(const Vector& v, Half* x) {
-    StoreVector(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT), x);
-  }
-#elif defined(__F16C__)
-  LBE_MATH Vector Load(const Half* x) {
-    return _mm256_cvtph_ps(LoadVector<__m128i>(x));
-  }
-  LBE_MATH void Store(const Vector& v, Half* x) {
-    StoreVector(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT), x);
-  }
+#ifdef LBE_HALF_INSTRUCTIONS
+  LBE_MATH Vector Load(const Half* x) { return LoadHalves(x); }
+  LBE_MATH void Store(const Vector& v, Half* x) { StoreHalves(v, x); }
 #else
   LBE_MATH Vector Load(const Half* x) {
     const auto bits =
@@ -188,25 +136,6 @@ struct Convert<Half> {
   }
 #endif
 };
-
-// 64 aligned bytes written around the caches.
-LBE_MATH void StreamLine(const void* line, void* to) {
-#if defined(__AVX512F__)
-  _mm512_stream_si512(static_cast<__m512i*>(to), LoadVector<__m512i>(line));
-#elif defined(__AVX2__)
-  for (int i = 0; i < 2; ++i) {
-    _mm256_stream_si256(
-        static_cast<__m256i*>(to) + i,
-        LoadVector<__m256i>(static_cast<const __m256i*>(line) + i));
-  }
-#else
-  for (int i = 0; i < 4; ++i) {
-    _mm_stream_si128(
-        static_cast<__m128i*>(to) + i,
-        LoadVector<__m128i>(static_cast<const __m128i*>(line) + i));
-  }
-#endif
-}
 
 }  // namespace
 }  // namespace lbe

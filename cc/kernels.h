@@ -223,10 +223,13 @@ void MergeMomentsCpu(const Parallel& parallel, const MergeProblem& problem,
 int64_t ForwardCpuWorkspace(const Problem& problem, int threads);
 int64_t GradientCpuWorkspace(const Problem& problem, int64_t channels);
 
-// The instruction set in use: "avx512", "avx2" or "baseline". The best one that
-// the processor has, unless the environment variable LBE_OPS_SIMD names a lower
-// one.
+// The instruction set in use: "avx512", "avx2" or "baseline" on x86-64, "neon"
+// on aarch64. The best one that the processor has, unless the environment
+// variable LBE_OPS_SIMD names a lower one.
 const char* CpuSimdLevel();
+
+// Those that there are kernels for, the lowest first, with spaces between them.
+const char* CpuSimdLevels();
 
 // The same on a GPU, in libraries that are built with CUDA (LBE_CUDA is then
 // defined). Pointers are to memory of the current device, `stream` is one of

@@ -410,7 +410,7 @@ py::dict BuildInfo() {
   info["tensorflow"] = LBE_TENSORFLOW_VERSION;
   info["compiler"] = LBE_COMPILER;
   info["build_type"] = LBE_BUILD_TYPE;
-  info["simd"] = "baseline avx2 avx512";
+  info["simd"] = CpuSimdLevels();
   info["cuda"] = LBE_CUDA_TARGETS;
   return info;
 }
@@ -578,8 +578,9 @@ Example:
 void DefineSystem(py::module_& module) {
   module.def(
       "simd_level", &CpuSimdLevel,
-      "The instruction set in use: 'avx512', 'avx2' or 'baseline'. The "
-      "environment variable LBE_OPS_SIMD, read once, names a lower one.");
+      "The instruction set in use: 'avx512', 'avx2' or 'baseline' on x86-64, "
+      "'neon' on aarch64. The environment variable LBE_OPS_SIMD, read once, "
+      "names a lower one.");
   module.def("build_info", &BuildInfo,
              "What the library was built for and with, as a dict of strings.");
   module.def("cuda_system", &CudaSystemInfo, py::arg("device") = 0,

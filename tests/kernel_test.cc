@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The CPU kernels without TensorFlow and Python, for sanitizers (make
-// sanitize).
+// The CPU kernels without TensorFlow and Python, for sanitizers (make sanitize)
+// and for another processor (make test-aarch64).
 //
 // Every buffer has exactly the size that the kernels are promised, so that a
 // step outside is seen; values are compared with sums in double, and results of
 // several threads with those of one, bit for bit.
+//
+// With the argument `digests` it prints those of the results' bits instead, to
+// be compared with what another instruction set or processor prints.
 
 #include <algorithm>
 #include <array>
@@ -91,6 +94,15 @@ double Get(const Half& x) {
                                : std::ldexp(1024 + mantissa, exponent - 25);
   return x.bits & 0x8000 ? -magnitude : magnitude;
 }
+
+constexpr struct {
+  Activation value;
+  const char* name;
+} kActivations[] = {
+#define LBE_ACTIVATION(name, keras_name) {Activation::name, keras_name},
+    LBE_FOR_EACH_ACTIVATION(LBE_ACTIVATION)
+#undef LBE_ACTIVATION
+};
 
 template <typename Element, typename Result>
 void Test(DType dtype, int64_t rows, int64_t units, double grad_tolerance) {
@@ -362,15 +374,7 @@ void TestEpilogue(DType dtype, int64_t rows, int64_t units, int64_t channels,
     Put(0.125f, static_cast<Element*>(bias.data) + c);
   }
   const Result entropy_grad = 30;
-  const struct {
-    Activation value;
-    const char* name;
-  } activations[] = {
-#define LBE_ACTIVATION(name, keras_name) {Activation::name, keras_name},
-      LBE_FOR_EACH_ACTIVATION(LBE_ACTIVATION)
-#undef LBE_ACTIVATION
-  };
-  for (const auto& activation : activations) {
+  for (const auto& activation : kActivations) {
     for (int threads : {1, 5}) {
       const Parallel parallel = {threads, nullptr, RunOnThreads};
       Epilogue epilogue;
@@ -484,6 +488,214 @@ void TestConstant(DType dtype, int64_t rows) {
   }
 }
 
+// How the bits of a number are laid out.
+template <typename Integer, int kMantissaBits>
+struct Layout {
+  using Bits = Integer;
+  static constexpr int kMantissa = kMantissaBits;
+  static constexpr Bits kSign = Bits(Bits{1} << (8 * sizeof(Bits) - 1));
+  static constexpr Bits kInfinity = Bits((kSign - 1) >> kMantissa << kMantissa);
+  static constexpr int kMostExponent = kInfinity >> kMantissa;
+  static constexpr int kOne = kMostExponent / 2;  // the exponent of 1
+};
+template <typename T>
+struct Format;
+template <>
+struct Format<Half> : Layout<uint16_t, 10> {};
+template <>
+struct Format<BFloat16> : Layout<uint16_t, 7> {};
+template <>
+struct Format<float> : Layout<uint32_t, 23> {};
+template <>
+struct Format<double> : Layout<uint64_t, 52> {};
+
+// Which numbers are drawn: exponents [least, most] as they stand in the bits,
+// and one number in so many is infinite.
+struct Range {
+  int least;
+  int most;
+  int infinite = 0;
+};
+
+// Made of integers, since arithmetic is what is under test.
+template <typename T>
+void Draw(std::mt19937_64& random, const Range& range, Buffer& numbers) {
+  using F = Format<T>;
+  for (size_t i = 0; i < numbers.size / sizeof(T); ++i) {
+    const uint64_t drawn = random();
+    const uint64_t exponent =
+        range.least + (drawn >> 52 & 0x7ff) % (range.most - range.least + 1);
+    uint64_t bits = exponent << F::kMantissa |
+                    (drawn & ((uint64_t{1} << F::kMantissa) - 1));
+    if (range.infinite > 0 && random() % range.infinite == 0) {
+      bits = F::kInfinity;
+    }
+    if (drawn >> 63 != 0) bits |= F::kSign;
+    const auto number = static_cast<typename F::Bits>(bits);
+    std::memcpy(static_cast<T*>(numbers.data) + i, &number, sizeof(number));
+  }
+}
+
+// FNV-1a of all bits. A NaN is a NaN: its sign and payload are the processor's.
+class Digest {
+ public:
+  template <typename T>
+  Digest& Add(const Buffer& numbers) {
+    using F = Format<T>;
+    for (size_t i = 0; i < numbers.size / sizeof(T); ++i) {
+      typename F::Bits bits;
+      std::memcpy(&bits, static_cast<const T*>(numbers.data) + i, sizeof(bits));
+      if ((bits & (F::kSign - 1)) > F::kInfinity) bits = F::kInfinity + 1;
+      for (size_t byte = 0; byte < sizeof(bits); ++byte) {
+        value_ ^= bits >> (8 * byte) & 0xff;
+        value_ *= 0x100000001b3;
+      }
+    }
+    return *this;
+  }
+  unsigned long long value() const { return value_; }
+
+ private:
+  uint64_t value_ = 0xcbf29ce484222325;
+};
+
+// Prints a line for each kernel, each formula and each activation.
+template <typename Element, typename Result>
+void PrintDigests(const char* dtype_name, DType dtype, int64_t rows,
+                  int64_t units, int64_t channels) {
+  using F = Format<Element>;
+  const struct {
+    const char* name;
+    Range exponents;
+  } ranges[] = {{"near 1", {F::kOne - 3, F::kOne + 2}},
+                {"near 0", {0, 7}},  // 0 is that of subnormal numbers
+                {"any", {0, F::kMostExponent - 1}},
+                {"infinite", {F::kOne - 3, F::kOne + 2, 50}}};
+  const Parallel parallel = {2, nullptr, RunOnThreads};
+  const Problem problem = {dtype, rows, units, {8.5, 0.75, 1}};
+  const size_t bytes = rows * units * sizeof(Element);
+  const size_t result_bytes = units * sizeof(Result);
+  for (const auto& range : ranges) {
+    const auto print = [&](const std::string& kernel, const Digest& digest) {
+      std::printf("%016llx %s [%lld, %lld] %s: %s\n", digest.value(),
+                  dtype_name, static_cast<long long>(rows),
+                  static_cast<long long>(units), range.name, kernel.c_str());
+    };
+    std::mt19937_64 random(4);
+    Buffer x(bytes), dy(bytes), bias(channels * sizeof(Element));
+    for (Buffer* buffer : {&x, &dy, &bias}) {
+      Draw<Element>(random, range.exponents, *buffer);
+    }
+    const auto run = [&](const Problem& of, ForwardArguments forward) {
+      Buffer workspace(ForwardCpuWorkspace(of, parallel.threads));
+      forward.workspace = workspace.data;
+      ForwardCpu(parallel, of, forward);
+    };
+    Buffer entropy(sizeof(Result)), mean(result_bytes), variance(result_bytes);
+    const auto add_statistics = [&](Digest digest) {
+      return digest.Add<Result>(entropy)
+          .template Add<Result>(mean)
+          .template Add<Result>(variance);
+    };
+    ForwardArguments forward;
+    forward.x = x.data;
+    forward.entropy = entropy.data;
+    forward.mean = mean.data;
+    forward.variance = variance.data;
+    run(problem, forward);
+    print("forward", add_statistics({}));
+    run({dtype, rows, units, {8.5, 0, 0}}, forward);
+    print("forward without an offset", add_statistics({}));
+
+    const MergeProblem shards = {dtype, 3, 1, units, problem.formula};
+    Buffer gathered(shards.replicas * PitchOf(shards) * sizeof(Result));
+    for (int64_t r = 0; r < shards.replicas; ++r) {
+      const int64_t begin = r * rows / shards.replicas;
+      const int64_t end = (r + 1) * rows / shards.replicas;
+      Result* const to =
+          static_cast<Result*>(gathered.data) + r * PitchOf(shards);
+      ForwardArguments moments;
+      moments.x = static_cast<Element*>(x.data) + begin * units;
+      moments.count = to;
+      moments.mean = to + 1;
+      moments.m2 = to + 1 + units;
+      run({dtype, end - begin, units, problem.formula}, moments);
+    }
+    print("moments", Digest().Add<Result>(gathered));
+    Buffer count(sizeof(Result)), valid(sizeof(Result));
+    MergeMomentsCpu(parallel, shards,
+                    {gathered.data, &units, mean.data, variance.data,
+                     count.data, entropy.data, valid.data});
+    print("merge", add_statistics({}));
+
+    // Of given statistics: those of x may be NaN, and then all of dx is.
+    Buffer given_mean(result_bytes), given_variance(result_bytes);
+    Buffer mean_grad(result_bytes), variance_grad(result_bytes);
+    for (Buffer* buffer :
+         {&given_mean, &given_variance, &mean_grad, &variance_grad}) {
+      const int one = Format<Result>::kOne;
+      Draw<Result>(random, {one - 3, one + 2}, *buffer);
+    }
+    for (int64_t u = 0; u < units; ++u) {
+      Result& v = static_cast<Result*>(given_variance.data)[u];
+      v = std::fabs(v);
+    }
+    const Result entropy_grad = 1000;
+    Buffer dx(bytes);
+    GradientArguments gradient;
+    gradient.x = x.data;
+    gradient.mean = given_mean.data;
+    gradient.variance = given_variance.data;
+    gradient.entropy_grad = &entropy_grad;
+    gradient.dx = dx.data;
+    GradientCpu(parallel, problem, gradient);
+    print("gradient", Digest().Add<Element>(dx));
+    gradient.mean_grad = mean_grad.data;
+    gradient.variance_grad = variance_grad.data;
+    GradientCpu(parallel, problem, gradient);
+    print("gradient of all statistics", Digest().Add<Element>(dx));
+    gradient.mean_grad = gradient.variance_grad = nullptr;
+
+    Epilogue epilogue;
+    epilogue.slope = 0.3;
+    epilogue.bias = bias.data;
+    epilogue.channels = channels;
+    Buffer y(bytes), dbias(channels * sizeof(Element));
+    Buffer workspace(GradientCpuWorkspace(problem, channels));
+    forward.epilogue = gradient.epilogue = &epilogue;
+    forward.y = y.data;
+    gradient.x = y.data;
+    gradient.dy = dy.data;
+    gradient.workspace = workspace.data;
+    gradient.dbias = dbias.data;
+    for (const auto& activation : kActivations) {
+      epilogue.activation = activation.value;
+      run(problem, forward);
+      print(std::string("epilogue, ") + activation.name,
+            add_statistics(Digest().Add<Element>(y)));
+      GradientCpu(parallel, problem, gradient);
+      print(std::string("epilogue's gradient, ") + activation.name,
+            Digest().Add<Element>(dx).template Add<Element>(dbias));
+    }
+  }
+}
+
+void PrintAllDigests() {
+  for (const auto& shape : {std::array<int64_t, 3>{3, 17, 17},
+                            {9, 65, 5},
+                            {70, 5, 5},
+                            {31, 130, 26},
+                            {130, 700, 700},
+                            {8200, 20, 4},
+                            {20, 4500, 2250}}) {
+    const auto [rows, units, channels] = shape;
+#define LBE_DTYPE(name, element, result, tensorflow_name, numpy_name) \
+  PrintDigests<element, result>(numpy_name, DType::name, rows, units, channels);
+    LBE_FOR_EACH_DTYPE(LBE_DTYPE)
+#undef LBE_DTYPE
+  }
+}
+
 int Main() {
   for (int64_t rows = 2; rows <= 70; ++rows) {
     TestConstant<Half, float>(DType::kFloat16, rows);
@@ -534,4 +746,10 @@ int Main() {
 }  // namespace
 }  // namespace lbe
 
-int main() { return lbe::Main(); }
+int main(int argc, char** argv) {
+  if (argc == 2 && std::strcmp(argv[1], "digests") == 0) {
+    lbe::PrintAllDigests();
+    return 0;
+  }
+  return lbe::Main();
+}

@@ -32,8 +32,8 @@ def test_linked_files_exist():
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
 def test_make_targets_are_listed(document):
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z-]+):.*##", makefile, re.MULTILINE)) - {"help"}
+    targets = set(re.findall(r"^([a-z0-9-]+):.*##", makefile, re.MULTILINE)) - {"help"}
     listed = set(
-        re.findall(r"^\| `make ([a-z-]+)`", (ROOT / document).read_text(), re.M)
+        re.findall(r"^\| `make ([a-z0-9-]+)`", (ROOT / document).read_text(), re.M)
     )
     assert listed == targets

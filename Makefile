@@ -5,6 +5,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MATRIX_ARGS ?=
 EVIDENCE_ARGS ?=
 # TensorFlow's log holds errors only.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
@@ -20,7 +21,7 @@ SOURCES := $(shell find lbe_ops cc cuda -type f -not -name '*.py[co]' \
            CMakeLists.txt setup.py MANIFEST.in README.md LICENSE
 CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.cc cuda/*.cu cuda/*.cuh tests/*.h tests/*.cc benchmarks/*.c)
 
-.PHONY: help demo test test-keras build wheel bench bench-training bench-distributed test-gpu bench-gpu evidence-gpu lint format sanitize test-aarch64 clean
+.PHONY: help demo test test-keras test-matrix build wheel bench bench-training bench-distributed test-gpu bench-gpu evidence-gpu lint format sanitize test-aarch64 clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -65,6 +66,9 @@ wheel: $(REQUIREMENTS) ## one wheel for all TensorFlows and Pythons, into dist/
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat $(WHEEL_PLATFORM) \
 	  --exclude 'libtensorflow_*.so.2' --wheel-dir dist build/wheel/lbe_ops-*.whl
 	ls -l dist
+
+test-matrix: wheel ## that wheel with other TensorFlows, Pythons and Kerases
+	$(PYTHON) .ci/matrix.py $(MATRIX_ARGS)
 
 bench: $(PACKAGE) ## the whole benchmark, into results/benchmark
 	$(BIN)/python benchmarks/bench_op.py --output results/benchmark

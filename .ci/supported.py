@@ -29,6 +29,10 @@ def minors(requirement: str) -> list[str]:
     return [f"{major}.{minor}" for minor in range(int(first), int(end))]
 
 
+def as_numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
+
+
 def find(minor: str) -> str | None:
     """The path of an interpreter of that minor, or None."""
     home = pathlib.Path.home()

@@ -148,6 +148,7 @@ def configure(folder, *options, **env):
     """CMake's first step, for lbe_ops_numpy alone, which is then built to out/."""
     return run_cmake(
         *("-S", ROOT, "-B", folder, "-G", "Ninja", "-DLBE_TENSORFLOW=OFF"),
+        "-DBUILD_SHARED_LIBS=OFF",  # two libraries of one name in a process are one
         *(f"-DPython_EXECUTABLE={sys.executable}", f"-DLBE_OUTPUT_DIR={folder}/out"),
         *options,
         **env,

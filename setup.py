@@ -25,6 +25,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from collections.abc import Iterator
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -80,28 +81,18 @@ def find_tensorflow() -> tuple[pathlib.Path | None, str]:
     """The folder of the TensorFlow that the package will run with, and where that is.
 
     pip isolates a build, and still names the environment that it installs into. uv and
-    `python -m build` give away nothing but the PATH of the shell that they run in,
-    which begins with the environment that is active there.
+    `python -m build` do not: the interpreters that PATH and the command name are asked.
     """
-    places = {
-        sysconfig.get_path("purelib"): "the environment that is installed into",
-        sysconfig.get_path("platlib"): "the environment that is installed into",
-    }
+    places = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     if site.ENABLE_USER_SITE:
-        places.setdefault(site.getusersitepackages(), "the packages of the user")
-    for path in sys.path:
-        places.setdefault(path, "the environment of the build")
-    for place, what in places.items():
+        places.append(site.getusersitepackages())
+    for place in places:
         folder = pathlib.Path(place, "tensorflow")
         if (folder / "include").is_dir():
-            return folder, what
-    own = pathlib.Path(sysconfig.get_path("scripts"))
+            return folder, f"in {place}"
     code = "import importlib.util as u; print(u.find_spec('tensorflow').origin)"
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    for path in os.get_exec_path():
-        python = pathlib.Path(path, "python3")
-        if pathlib.Path(path) == own or not python.exists():
-            continue
+    for python in dict.fromkeys(interpreters()):
         done = subprocess.run(
             [python, "-c", code],
             cwd="/",  # which Python looks into as well
@@ -112,8 +103,39 @@ def find_tensorflow() -> tuple[pathlib.Path | None, str]:
         )
         folder = pathlib.Path(done.stdout.strip()).parent
         if folder.is_absolute() and (folder / "include").is_dir():
-            return folder, f"that of {python}, the first in PATH that has one"
+            return folder, f"that of {python}"
+    for place in sys.path:
+        folder = pathlib.Path(place, "tensorflow")
+        if (folder / "include").is_dir():
+            return folder, "a requirement of the build, since no other was found"
     return None, "none was found"
+
+
+def interpreters() -> Iterator[pathlib.Path]:
+    """Those in the commands that have led here, such as `uv pip install --python
+    env/bin/python .` or `env/bin/python -m build`, then those of PATH; not this one.
+    """
+    process = pathlib.Path("/proc/self")
+    while process.joinpath("status").exists():
+        parent = re.search(r"PPid:\s*(\d+)", process.joinpath("status").read_text())[1]
+        process = pathlib.Path("/proc", parent)
+        try:
+            words = process.joinpath("cmdline").read_text().split("\0")
+            folder = process.joinpath("cwd").resolve(strict=True)
+        except OSError:  # the first process, or one of somebody else
+            break
+        for word in filter(None, words):
+            path = folder / word.removeprefix("--python=")
+            yield from filter(is_other_python, (path, path / "bin" / "python"))
+    paths = (pathlib.Path(path, "python3") for path in os.get_exec_path())
+    yield from filter(is_other_python, paths)
+
+
+def is_other_python(path: pathlib.Path) -> bool:
+    """Whether a path is that of an interpreter, and not of the one that runs."""
+    if path.parent.absolute() == pathlib.Path(sys.executable).parent:
+        return False
+    return path.name.startswith("python") and shutil.which(path) is not None
 
 
 def tensorflow_folders(cache: pathlib.Path) -> tuple[list[pathlib.Path], str]:

@@ -78,7 +78,7 @@ def test_a_tensorflow_that_is_there_is_used_and_not_downloaded(
     put_tensorflow(places[place])
     folder, why = setup.find_tensorflow()
     assert folder == places[place] / "tensorflow"
-    assert ("user" if place == "user" else "installed into") in why
+    assert why == f"in {places[place]}"
     assert setup.build_requirement() == []
 
 
@@ -93,20 +93,53 @@ def test_one_without_headers_tells_the_minor_that_is_downloaded(
     assert setup.build_requirement() == [f"{name.replace('_', '-')}==2.20.*"]
 
 
+def fake_python(path, packages):
+    """An interpreter that finds a TensorFlow in a folder."""
+    path.write_text(f"#!/bin/sh\necho {packages / 'tensorflow' / '__init__.py'}\n")
+    path.chmod(0o755)
+
+
 def test_that_of_the_active_environment_is_found_in_an_isolated_build(
     load_setup, places
 ):
-    """As uv and `python -m build` isolate: PATH alone leads to the environment."""
+    """As uv and `python -m build` isolate: PATH leads to the environment."""
     setup = load_setup()
     assert setup.find_tensorflow() == (None, "none was found")
     put_tensorflow(places["path"])
-    python = places["path"] / "python3"
-    init = places["path"] / "tensorflow" / "__init__.py"
-    python.write_text(f"#!/bin/sh\necho {init}\n")
-    python.chmod(0o755)
+    fake_python(places["path"] / "python3", places["path"])
     folder, why = setup.find_tensorflow()
     assert folder == places["path"] / "tensorflow"
-    assert f"that of {python}" in why
+    assert why == f"that of {places['path'] / 'python3'}"
+    assert setup.build_requirement() == []
+
+
+@pytest.mark.parametrize(
+    "argument", ["{0}/bin/python", "--python={0}/bin/python", "{0}"]
+)
+def test_that_of_the_interpreter_in_the_command_is_found(tmp_path, argument):
+    """`uv pip install --python env .`, `env/bin/python -m build`, not activated."""
+    put_tensorflow(tmp_path)
+    (tmp_path / "env" / "bin").mkdir(parents=True)
+    fake_python(tmp_path / "env" / "bin" / "python", tmp_path)
+    script = (
+        "import setuptools, runpy, sysconfig\n"
+        "setuptools.setup = lambda **_: None\n"
+        "sysconfig.get_path = lambda *_: '/nowhere'\n"
+        f"found = runpy.run_path({str(ROOT / 'setup.py')!r})\n"
+        "print(*found['find_tensorflow']())\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} script.py; exit $?", argument.format("env")],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": "/usr/bin:/bin", "LBE_NATIVE": "AUTO"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    python = tmp_path / "env" / "bin" / "python"
+    assert done.stdout.strip() == f"{tmp_path / 'tensorflow'} that of {python}"
 
 
 def test_without_any_the_newest_that_is_tested_is_downloaded(load_setup, places):

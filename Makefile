@@ -9,11 +9,13 @@ MATRIX_ARGS ?=
 EVIDENCE_ARGS ?=
 # TensorFlow's log holds errors only.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
-EXTRAS := cpu experiments bench test dev
+# What `make demo` needs; tests and tools are installed when they are wanted.
+EXTRAS := cpu experiments bench
 
 VENV := .venv
 BIN := $(VENV)/bin
 REQUIREMENTS := $(VENV)/.requirements-installed
+TOOLS := $(VENV)/.tools-installed
 PACKAGE := $(VENV)/.lbe_ops-installed
 BUILD_OPTIONS := $(VENV)/.build-options
 SOURCES := $(shell find lbe_ops cc cuda -type f -not -name '*.py[co]' \
@@ -21,13 +23,22 @@ SOURCES := $(shell find lbe_ops cc cuda -type f -not -name '*.py[co]' \
            CMakeLists.txt setup.py MANIFEST.in README.md LICENSE
 CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.cc cuda/*.cu cuda/*.cuh tests/*.h tests/*.cc benchmarks/*.c)
 
-.PHONY: help demo test test-keras test-matrix build wheel bench bench-training bench-distributed test-gpu bench-gpu evidence-gpu lint format sanitize test-aarch64 clean
+# $(call timed,what,command): says how long the command took.
+timed = @echo '$(2)'; start=$$(date +%s); $(2) && echo "$(1): $$(($$(date +%s) - start)) s"
+
+.PHONY: help demo test test-matrix build wheel bench bench-training bench-distributed test-gpu bench-gpu evidence-gpu lint format sanitize test-aarch64 clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1: /p' Makefile
 
+# A machine without a GPU needs no CUDA kernels for it; what is built stays as it is.
+ifneq ($(wildcard $(PACKAGE)),)
+demo: export LBE_CUDA ?= $(patsubst LBE_CUDA=%,%,$(filter LBE_CUDA=%,$(shell cat $(BUILD_OPTIONS))))
+else ifeq ($(wildcard /dev/nvidia0),)
+demo: export LBE_CUDA ?= OFF
+endif
 demo: $(PACKAGE) ## train 200 layers with and without LBE, plots and a short benchmark
 	$(BIN)/lbe-ops train --preset demo
 	$(BIN)/python benchmarks/bench_op.py --quick --output results/demo/benchmark
@@ -36,20 +47,8 @@ demo: $(PACKAGE) ## train 200 layers with and without LBE, plots and a short ben
 # core takes one file after the other, in the order of tests/conftest.py.
 PYTEST = ../$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test: $(PACKAGE) ## all tests, on the installed wheel
+test: $(PACKAGE) $(TOOLS) ## all tests, on the installed wheel
 	cd tests && LBE_REQUIRE_NATIVE=1 LBE_TEST_INSTALLED=1 $(PYTEST) $(PYTEST_ARGS)
-
-# What depends on Keras, with the oldest one that pyproject.toml allows.
-OLDEST_KERAS = $(shell sed -n 's/.*"keras>=\([0-9.]*\),.*/\1/p' pyproject.toml)
-KERAS_TESTS := $(addprefix test_,$(addsuffix .py, \
-  callbacks keras_internals layers loss migration model regularizer))
-
-test-keras: $(PACKAGE) ## tests of the Keras half, on the oldest Keras that is allowed
-	$(BIN)/python -m pip install --upgrade --no-deps \
-	  --target build/keras-$(OLDEST_KERAS) "keras==$(OLDEST_KERAS).*"
-	cd tests && LBE_REQUIRE_NATIVE=1 LBE_TEST_INSTALLED=1 \
-	  PYTHONPATH=$(abspath build/keras-$(OLDEST_KERAS)) \
-	  $(PYTEST) $(KERAS_TESTS) $(PYTEST_ARGS)
 
 build: $(PACKAGE) ## build the wheel into dist/ and install it into .venv
 
@@ -59,7 +58,7 @@ PYTHONS ?= $(shell $(PYTHON) .ci/supported.py pythons)
 TENSORFLOWS ?= $(shell $(PYTHON) .ci/supported.py tensorflows)
 WHEEL_PLATFORM := manylinux_2_27_x86_64
 
-wheel: $(REQUIREMENTS) ## one wheel for all TensorFlows and Pythons, into dist/
+wheel: $(TOOLS) ## one wheel for all TensorFlows and Pythons, into dist/
 	rm -rf build/lib* build/bdist* build/wheel
 	LBE_NATIVE=ON LBE_TENSORFLOW="$(TENSORFLOWS)" LBE_PYTHONS="$(PYTHONS)" \
 	  $(BIN)/python -m pip wheel -v --no-build-isolation --no-deps -w build/wheel .
@@ -92,12 +91,12 @@ bench-gpu: ## the benchmark on this machine's GPU, into results/benchmark-gpu
 evidence-gpu: ## in ten minutes, all that a GPU can tell, into results/gpu-evidence
 	$(PYTHON) benchmarks/on_gpu.py evidence $(EVIDENCE_ARGS)
 
-lint: $(REQUIREMENTS) ## check the style of Python and C++
+lint: $(TOOLS) ## check the style of Python and C++
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
-format: $(REQUIREMENTS) ## put Python and C++ into that style
+format: $(TOOLS) ## put Python and C++ into that style
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
@@ -155,21 +154,27 @@ $(REQUIREMENTS): pyproject.toml .ci/requirements.py
 	fi
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python .ci/requirements.py $(EXTRAS) > $(VENV)/requirements.txt
-	$(BIN)/python -m pip install -r $(VENV)/requirements.txt
+	$(call timed,installing requirements,$(BIN)/python -m pip install -r $(VENV)/requirements.txt)
+	@touch $@
+
+# With those of $(REQUIREMENTS), so that the versions fit together.
+$(TOOLS): $(REQUIREMENTS)
+	$(BIN)/python .ci/requirements.py $(EXTRAS) test dev > $(VENV)/requirements.txt
+	$(call timed,installing tools,$(BIN)/python -m pip install -r $(VENV)/requirements.txt)
 	@touch $@
 
 # Without build isolation: TensorFlow is in .venv already. CMake's folder is kept in
 # build/, so that only what changed is compiled again; copies of old modules are not.
 $(PACKAGE): $(REQUIREMENTS) $(SOURCES) $(BUILD_OPTIONS)
 	rm -rf build/lib* dist
-	LBE_NATIVE=ON $(BIN)/python -m pip wheel -v --no-build-isolation --no-deps -w dist .
+	$(call timed,building,LBE_NATIVE=ON $(BIN)/python -m pip wheel -v --no-build-isolation --no-deps -w dist .)
 	$(BIN)/python -m pip install --force-reinstall --no-deps dist/lbe_ops-*.whl
 	$(BIN)/lbe-ops info
 	@touch $@
 
 # Built anew where the options or the CUDA compiler are others than last time.
 $(BUILD_OPTIONS): $(REQUIREMENTS) always
-	@options="$(LBE_CUDA) $(LBE_XLA) $${CUDACXX:-$$(PATH="$$PATH:/usr/local/cuda/bin" \
+	@options="LBE_CUDA=$(LBE_CUDA) LBE_XLA=$(LBE_XLA) $${CUDACXX:-$$(PATH="$$PATH:/usr/local/cuda/bin" \
 	  command -v nvcc)}"; \
 	[ "$$(cat $@ 2>/dev/null)" = "$$options" ] || echo "$$options" > $@
 

@@ -26,9 +26,12 @@ CELLS = (
 )
 KERASES = "3.15", "3.13", "3.12"
 OLDEST_PYTHON_OF_KERAS_3_13 = "3.11"
-TENSORFLOW_TESTS = "ops epilogue native numpy_module packaging synchronized_ops xla"
+# Files of tests: what is quickly seen of a TensorFlow, what takes minutes, and all of
+# the Keras half.
+QUICK_TESTS = "native numpy_module packaging"
+TENSORFLOW_TESTS = "ops epilogue synchronized_ops xla"
 KERAS_TESTS = "callbacks keras_internals layers loss migration model regularizer"
-TOOLS = "hypothesis", "pytest", "pytest-xdist"
+TOOLS = "hypothesis", "matplotlib", "pytest", "pytest-xdist"
 
 
 def kerases(python: str) -> list[str]:
@@ -93,15 +96,20 @@ def test(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = ["/".join(cell) for cell in CELLS]
-    parser.add_argument("--cells", nargs="+", choices=names, default=names)
+    parser.add_argument(
+        "--cells",
+        nargs="+",
+        default=["/".join(cell) for cell in CELLS],
+        metavar="TENSORFLOW/PYTHON",
+    )
     parser.add_argument("--kerases", nargs="+", choices=KERASES, default=KERASES)
+    parser.add_argument("--quick", action="store_true", help="not the longest tests")
     parser.add_argument("--jobs", default="logical", help="of pytest-xdist")
     parser.add_argument("--output", type=pathlib.Path, help="where to write the table")
     arguments = parser.parse_args()
     wheels = list((ROOT / "dist").glob("lbe_ops-*-py3-none-manylinux*.whl"))
     if len(wheels) != 1:
-        sys.exit(f"error: make wheel first; there are {len(wheels)} such in dist/")
+        sys.exit(f"error: `make wheel` makes one, and dist/ has {len(wheels)}")
     rows = []
     for cell in arguments.cells:
         tensorflow, minor = cell.split("/")
@@ -109,9 +117,11 @@ def main() -> int:
         wanted = [each for each in kerases(minor) if each in arguments.kerases]
         for index, keras in enumerate(wanted):
             install(python, f"keras=={keras}.*")
-            names = KERAS_TESTS if index else f"{TENSORFLOW_TESTS} {KERAS_TESTS}"
+            names = [KERAS_TESTS]
+            if index == 0:
+                names += [QUICK_TESTS] + [TENSORFLOW_TESTS] * (not arguments.quick)
             started = time.monotonic()
-            line, passed = test(python, tensorflow, names, arguments.jobs)
+            line, passed = test(python, tensorflow, " ".join(names), arguments.jobs)
             line = f"{line.strip('= ')} ({time.monotonic() - started:.0f} s)"
             print(f"TensorFlow {tensorflow}, Python {minor}, Keras {keras}: {line}")
             versions = run(python, "-c", VERSIONS).stdout.split()[-3:]

@@ -154,7 +154,7 @@ def test_a_library_for_another_minor_is_never_loaded(library, monkeypatch):
     at = content.index(marker) + len(marker)
     running = ".".join(tf.__version__.split(".")[:2]).encode()
     assert content[at : at + len(running)] == running
-    library.write_bytes(content[:at] + b"2.19" + content[at + len(running) :])
+    library.write_bytes(content[:at] + b"2.99" + content[at + len(running) :])
 
     def load(path):
         raise AssertionError(f"loaded {path}")
@@ -162,7 +162,7 @@ def test_a_library_for_another_minor_is_never_loaded(library, monkeypatch):
     monkeypatch.setattr(tf, "load_op_library", load)
     warning, reason = falls_back(expected_warnings=1)
     for text in (warning, reason):
-        assert "built for TensorFlow 2.19" in text
+        assert "built for TensorFlow 2.99" in text
         assert f"this is TensorFlow {tf.__version__}" in text
     assert "builds it for what is installed here" in warning
 

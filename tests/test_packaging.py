@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -75,11 +76,61 @@ def test_the_source_distribution_holds_what_a_build_with_cuda_needs(tmp_path):
 
 
 def test_wheel_holds_the_libraries_and_the_licence():
-    names = {file.name for file in importlib.metadata.files("lbe_ops")}
-    assert {"libtf_ops.so", "LICENSE"} <= names
+    files = importlib.metadata.files("lbe_ops")
+    names = {file.name for file in files}
+    assert {"liblbe_kernels.so", "libtf_ops.so", "LICENSE", "build.txt"} <= names
     if os.environ.get("LBE_REQUIRE_XLA") == "1":
         assert native.XLA_LIBRARY_NAME in names
     assert any(name.startswith("lbe_ops_numpy.") for name in names)
+    # None for a TensorFlow of its own: the kernels are there once.
+    assert len([f for f in files if f.name == "liblbe_kernels.so"]) == 1
+
+
+def supported():
+    """The table in README.md: minor, its Pythons, and whether XLA has native ops."""
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(
+        r"^\| (2\.\d+) \| 3\.(\d+) to 3\.(\d+) \| yes \| (.*?) \|$", readme, re.M
+    )
+    return {
+        minor: (range(int(first), int(last) + 1), xla == "yes")
+        for minor, first, last, xla in rows
+    }
+
+
+def test_the_table_of_versions_is_that_of_pyproject():
+    config = (ROOT / "pyproject.toml").read_text()
+    for extra in ("tensorflow-cpu", r"tensorflow\[and-cuda\]"):
+        first, end = re.search(rf'"{extra}>=2\.(\d+),<2\.(\d+)"', config).groups()
+        assert list(supported()) == [f"2.{i}" for i in range(int(first), int(end))]
+    first, end = re.search(r'"keras>=3\.(\d+),<3\.(\d+)"', config).groups()
+    assert (
+        f"Keras 3.{first} to 3.{int(end) - 1} with each"
+        in (ROOT / "README.md").read_text()
+    )
+    first, end = re.search(r'python = ">=3\.(\d+),<3\.(\d+)"', config).groups()
+    pythons = [minor for minors, _ in supported().values() for minor in minors]
+    assert (min(pythons), max(pythons) + 1) == (int(first), int(end))
+
+
+def test_the_table_of_versions_is_that_of_what_is_installed():
+    minors = native.minors()
+    assert native.LIBRARY_PATH.parent.name.removeprefix("tensorflow") in minors
+    for minor in minors:
+        folder = native.FOLDER / f"tensorflow{minor}"
+        has_xla = (folder / native.XLA_LIBRARY_NAME).exists()
+        assert has_xla <= supported()[minor][1]
+        if os.environ.get("LBE_REQUIRE_XLA") == "1":
+            assert has_xla == supported()[minor][1]
+        assert native.built_for(folder / native.LIBRARY_PATH.name) == minor
+    running = ".".join(tf.__version__.split(".")[:2])
+    assert sys.version_info[1] in supported()[running][0]
+    wheel = importlib.metadata.distribution("lbe_ops").read_text("WHEEL")
+    if "Tag: py3-none-manylinux" in wheel:  # all of its modules
+        names = {file.name for file in importlib.metadata.files("lbe_ops")}
+        pythons = {re.search(r"cpython-3(\d+)", n) for n in names if "numpy" in n}
+        found = {int(match[1]) for match in pythons if match}
+        assert sys.version_info[1] in found
 
 
 def test_info_lists_versions(capsys):

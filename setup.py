@@ -232,6 +232,15 @@ class BuildNative(build_ext):
         )
         say(output, f"built for TensorFlow {versions or 'not at all'} ({why}).")
 
+    def copy_extensions_to_source(self) -> None:
+        """For an editable installation: the libraries beside the module as well."""
+        super().copy_extensions_to_source()
+        for path in pathlib.Path(self.build_lib, "lbe_ops").rglob("*"):
+            if path.suffix == ".so" or path.name == "build.txt":
+                target = ROOT / path.relative_to(self.build_lib)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copy(path, target)
+
     def _run_cmake(
         self, build: pathlib.Path, output: pathlib.Path, folders: list[pathlib.Path]
     ) -> None:

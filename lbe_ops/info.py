@@ -24,8 +24,8 @@ def collect() -> dict[str, str | dict[str, str]]:
         and `xla` are "yes", or "no: " and the reason (`xla` may be "yes: plain HLO
         only", without the native kernels); `cuda` is the toolkit and the architectures
         that the library was built for, `gpu` the device that it runs on, or "no: " and
-        the reason; `installation` is what its build said; `build` is what else the compiled code says about itself, empty
-        where there is none.
+        the reason; `installation` is what its build said; `build` is what else the
+        compiled code says about itself, empty where there is none.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the reason is printed

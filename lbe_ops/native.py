@@ -33,14 +33,15 @@ from lbe_ops.keras_internals import compiled_by_xla
 ENVIRONMENT_VARIABLE = "LBE_OPS_NATIVE"
 # Beside this file there is a folder for each minor of TensorFlow that was built for.
 FOLDER = pathlib.Path(__file__).parent
-_RUNNING = ".".join(tf.__version__.split(".")[:2])
-LIBRARY_PATH = FOLDER / f"tensorflow{_RUNNING}" / "libtf_ops.so"
+LIBRARY_PATH = (
+    FOLDER / f"tensorflow{'.'.join(tf.__version__.split('.')[:2])}" / "libtf_ops.so"
+)
 # How XLA compiles the ops; a library of its own, beside that of the ops.
 XLA_LIBRARY_NAME = "libxla_ops.so"
 
 # cc/tf_ops.cc and cc/xla_ops.cc embed this text, so that the version is known
 # without loading.
-_MARKER = re.compile(rb"lbe_ops was built for TensorFlow (\d+\.\d+)[^;]*;")
+_MARKER = re.compile(rb"lbe_ops was built for TensorFlow (\d+\.\d+[^;]*);")
 
 _loading = threading.Lock()  # two threads must not register the ops twice
 
@@ -190,8 +191,19 @@ def compiles(native: bool | None = None) -> bool:
     return loaded.ops is None or not loaded.xla_reason or bool(_gpu_reason())
 
 
+def binary_interface(version: str) -> str:
+    """What the libraries of TensorFlows that fit together have in common.
+
+    The minor of a release or its candidates, such as '2.21'; of a nightly build, whose
+    interface may be another one tomorrow, all of its version.
+    """
+    if "dev" in version:
+        return version.replace("-dev", ".dev")
+    return re.match(r"\d+\.\d+", version)[0]
+
+
 def built_for(path: pathlib.Path) -> str | None:
-    """The TensorFlow minor, such as '2.21', that a library says it was built for.
+    """The `binary_interface` of the TensorFlow that a library was built for.
 
     None if the file is no library of lbe_ops, or not all of it is there.
     """
@@ -204,7 +216,7 @@ def built_for(path: pathlib.Path) -> str | None:
     size, entries = struct.unpack_from("<HH", content, 0x3A)
     if offset + size * entries > len(content):
         return None
-    return marker.group(1).decode()
+    return binary_interface(marker.group(1).decode())
 
 
 def minors() -> list[str]:
@@ -252,8 +264,8 @@ def _load() -> Native:
         return Native(
             ops,
             "",
-            f"lbe_ops was built without {path.name} for TensorFlow {_RUNNING}: from "
-            "2.20 on it can be, unless LBE_XLA=OFF.",
+            f"lbe_ops was built without {path.name} for TensorFlow {tf.__version__}: "
+            "from 2.20 on it can be, unless LBE_XLA=OFF.",
         )
     _, reason = _open(path, tf.load_library)
     if reason:
@@ -268,7 +280,7 @@ def _open(path: pathlib.Path, load: Callable[[str], Any]) -> tuple[Any, str]:
         built = built_for(path)
         if built is None:
             return None, f"{path} is damaged or not a library of lbe_ops."
-        if built != _RUNNING:
+        if built != binary_interface(tf.__version__):
             # Never load it: TensorFlow's C++ ABI changes with every minor.
             return None, (
                 f"{path.name} was built for TensorFlow {built}, and this is "

@@ -176,6 +176,12 @@ def test_release_candidates_are_known_by_their_minor(library):
     assert native.built_for(library) == ".".join(tf.__version__.split(".")[:2])
 
 
+def test_a_nightly_build_fits_itself_alone():
+    assert native.binary_interface("2.22.0-dev20260101") == "2.22.0.dev20260101"
+    assert native.binary_interface("2.22.0.dev20260101") == "2.22.0.dev20260101"
+    assert native.binary_interface("2.22.0-rc0") == "2.22"
+
+
 def test_native_and_reference_agree(rng):
     require_native()
     x = rng.normal(size=(100, 30)).astype(np.float32)

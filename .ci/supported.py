@@ -24,7 +24,7 @@ PROBE = (
 def minors(requirement: str) -> list[str]:
     """The minors that a requirement in pyproject.toml allows, such as 3.10."""
     text = (ROOT / "pyproject.toml").read_text()
-    limits = re.search(rf'{requirement}[ ="]*>=(\d)\.(\d+),<\d\.(\d+)"', text)
+    limits = re.search(rf'{requirement}[ ="]*>=(\d)\.(\d+),<\d\.(\d+)', text)
     major, first, end = limits.groups()
     return [f"{major}.{minor}" for minor in range(int(first), int(end))]
 

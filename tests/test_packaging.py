@@ -100,8 +100,8 @@ def supported():
 
 def test_the_table_of_versions_is_that_of_pyproject():
     config = (ROOT / "pyproject.toml").read_text()
-    for extra in ("tensorflow-cpu", r"tensorflow\[and-cuda\]"):
-        first, end = re.search(rf'"{extra}>=2\.(\d+),<2\.(\d+)"', config).groups()
+    for extra in ("tensorflow-cpu", "tensorflow", r"tensorflow\[and-cuda\]"):
+        first, end = re.search(rf'"{extra}>=2\.(\d+),<2\.(\d+)', config).groups()
         assert list(supported()) == [f"2.{i}" for i in range(int(first), int(end))]
     first, end = re.search(r'"keras>=3\.(\d+),<3\.(\d+)"', config).groups()
     assert (

@@ -59,7 +59,7 @@ TENSORFLOWS ?= $(shell $(PYTHON) .ci/supported.py tensorflows)
 WHEEL_PLATFORM := manylinux_2_27_x86_64
 
 wheel: $(TOOLS) ## one wheel for all TensorFlows and Pythons, into dist/
-	rm -rf build/lib* build/bdist* build/wheel
+	rm -rf build/lib* build/wheel
 	LBE_NATIVE=ON LBE_TENSORFLOW="$(TENSORFLOWS)" LBE_PYTHONS="$(PYTHONS)" \
 	  $(BIN)/python -m pip wheel -v --no-build-isolation --no-deps -w build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat $(WHEEL_PLATFORM) \

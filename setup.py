@@ -116,13 +116,13 @@ def interpreters() -> Iterator[pathlib.Path]:
     env/bin/python .` or `env/bin/python -m build`, then those of PATH; not this one.
     """
     process = pathlib.Path("/proc/self")
-    while process.joinpath("status").exists():
-        parent = re.search(r"PPid:\s*(\d+)", process.joinpath("status").read_text())[1]
-        process = pathlib.Path("/proc", parent)
+    while True:
         try:
+            status = process.joinpath("status").read_text()
+            process = pathlib.Path("/proc", re.search(r"PPid:\s*(\d+)", status)[1])
             words = process.joinpath("cmdline").read_text().split("\0")
             folder = process.joinpath("cwd").resolve(strict=True)
-        except OSError:  # the first process, or one of somebody else
+        except OSError:  # no Linux, the first process, or one of somebody else
             break
         for word in filter(None, words):
             path = folder / word.removeprefix("--python=")
@@ -217,6 +217,11 @@ class BuildNative(build_ext):
         output = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = pathlib.Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
+        # Of an earlier build, perhaps for another TensorFlow.
+        for path in [*output.glob("lbe_ops_numpy*.so"), *output.glob("lbe_ops/*.so")]:
+            path.unlink()
+        for path in output.glob("lbe_ops/tensorflow*"):
+            shutil.rmtree(path)
         folders, why = tensorflow_folders(build.parent)
         try:
             self._run_cmake(build, output, folders)
@@ -227,9 +232,8 @@ class BuildNative(build_ext):
                 output, f"without native libraries, since building them failed: {error}"
             )
             return
-        versions = ", ".join(
-            sorted(each.name[10:] for each in (output / "lbe_ops").glob("tensorflow*"))
-        )
+        built = sorted(path.name for path in output.glob("lbe_ops/tensorflow*"))
+        versions = ", ".join(name.removeprefix("tensorflow") for name in built)
         say(output, f"built for TensorFlow {versions or 'not at all'} ({why}).")
 
     def copy_extensions_to_source(self) -> None:

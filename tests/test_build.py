@@ -4,6 +4,7 @@
 import importlib.util
 import os
 import pathlib
+import platform
 import shutil
 import site
 import subprocess
@@ -206,8 +207,11 @@ def test_an_unknown_mode_is_an_error(load_setup):
         load_setup(LBE_NATIVE="yes")
 
 
-def install(folder, **env):
-    """`pip install .` into a folder, with the build requirements of this Python."""
+def install(folder, stale=None, **env):
+    """`pip install .` into a folder, with the build requirements of this Python.
+
+    `stale` is a library that an earlier build has left.
+    """
     source = folder / "source"
     shutil.copytree(
         ROOT,
@@ -218,6 +222,9 @@ def install(folder, **env):
             else {name for name in names if name.endswith(".so")}
         ),
     )
+    if stale is not None:
+        (source / stale).parent.mkdir(parents=True)
+        (source / stale).touch()
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation"]
     command += ["-v", "--no-deps", "--target", folder / "site", source]
     return subprocess.run(
@@ -273,9 +280,12 @@ def test_a_build_that_fails_installs_the_pure_package(tmp_path):
     compiler = tmp_path / "broken-c++"
     compiler.write_text("#!/bin/sh\necho broken >&2; exit 1\n")
     compiler.chmod(0o755)
-    done = install(tmp_path, CXX=str(compiler))
+    python = "cpython-{}{}".format(*sys.version_info)
+    stale = f"build/lib.linux-{platform.machine()}-{python}/lbe_ops/tensorflow2.1/x.so"
+    done = install(tmp_path, stale, CXX=str(compiler))
     assert done.returncode == 0, done.stdout
     words = "without native libraries, since building them failed"
+    assert not list((tmp_path / "site").rglob("*.so"))
     assert words in done.stdout
     assert words in info(tmp_path / "site")
     shutil.rmtree(tmp_path / "source")

@@ -252,7 +252,8 @@ def info(site_packages):
 
 def require_build_tools():
     for name in ("pip", "setuptools"):
-        pytest.importorskip(name)
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"there is no {name}")
 
 
 @pytest.mark.parametrize(

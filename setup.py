@@ -68,7 +68,7 @@ def tensorflow_requirement() -> list[str]:
     where that tells one; else the newest that the package is tested with.
     """
     paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    if site.ENABLE_USER_SITE:
+    if site.ENABLE_USER_SITE or sys.prefix == sys.base_prefix:
         paths.append(site.getusersitepackages())
     for name in TENSORFLOW_NAMES:
         for found in importlib.metadata.distributions(name=name, path=paths):
@@ -84,7 +84,8 @@ def find_tensorflow() -> tuple[pathlib.Path | None, str]:
     `python -m build` do not: the interpreters that PATH and the command name are asked.
     """
     places = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    if site.ENABLE_USER_SITE:
+    # pip hides these from an isolated build; a virtual environment lacks them.
+    if site.ENABLE_USER_SITE or sys.prefix == sys.base_prefix:
         places.append(site.getusersitepackages())
     for place in places:
         folder = pathlib.Path(place, "tensorflow")

@@ -207,29 +207,31 @@ struct Parallel {
               void* argument);
 };
 
-// The functions are what the library of the kernels has to offer; everything
-// else in it is hidden.
-#pragma GCC visibility push(default)
+// What the library of the kernels has to offer; everything else in it is
+// hidden.
+#define LBE_EXPORT __attribute__((visibility("default")))
 
-void ForwardCpu(const Parallel& parallel, const Problem& problem,
-                const ForwardArguments& arguments);
-void GradientCpu(const Parallel& parallel, const Problem& problem,
-                 const GradientArguments& arguments);
-void MergeMomentsCpu(const Parallel& parallel, const MergeProblem& problem,
-                     const MergeArguments& arguments);
+LBE_EXPORT void ForwardCpu(const Parallel& parallel, const Problem& problem,
+                           const ForwardArguments& arguments);
+LBE_EXPORT void GradientCpu(const Parallel& parallel, const Problem& problem,
+                            const GradientArguments& arguments);
+LBE_EXPORT void MergeMomentsCpu(const Parallel& parallel,
+                                const MergeProblem& problem,
+                                const MergeArguments& arguments);
 
 // Bytes of their workspaces, which are 64-byte aligned: that of a forward pass
 // on so many threads, and that of a gradient with dbias [channels].
-int64_t ForwardCpuWorkspace(const Problem& problem, int threads);
-int64_t GradientCpuWorkspace(const Problem& problem, int64_t channels);
+LBE_EXPORT int64_t ForwardCpuWorkspace(const Problem& problem, int threads);
+LBE_EXPORT int64_t GradientCpuWorkspace(const Problem& problem,
+                                        int64_t channels);
 
 // The instruction set in use: "avx512", "avx2" or "baseline" on x86-64, "neon"
 // on aarch64. The best one that the processor has, unless the environment
 // variable LBE_OPS_SIMD names a lower one.
-const char* CpuSimdLevel();
+LBE_EXPORT const char* CpuSimdLevel();
 
 // Those that there are kernels for, the lowest first, with spaces between them.
-const char* CpuSimdLevels();
+LBE_EXPORT const char* CpuSimdLevels();
 
 // The same on a GPU, in libraries that are built with CUDA (LBE_CUDA is then
 // defined). Pointers are to memory of the current device, `stream` is one of
@@ -241,26 +243,28 @@ const char* CpuSimdLevels();
 // threads to aim for, 0 for as many as suit an H100; results never depend on
 // it. A workspace serves one call at a time: calls on two streams, or two CUDA
 // graphs, need two.
-int ForwardCuda(void* stream, const Problem& problem,
-                const ForwardArguments& arguments, int blocks = 0);
-int GradientCuda(void* stream, const Problem& problem,
-                 const GradientArguments& arguments, int blocks = 0);
-int MergeMomentsCuda(void* stream, const MergeProblem& problem,
-                     const MergeArguments& arguments);
+LBE_EXPORT int ForwardCuda(void* stream, const Problem& problem,
+                           const ForwardArguments& arguments, int blocks = 0);
+LBE_EXPORT int GradientCuda(void* stream, const Problem& problem,
+                            const GradientArguments& arguments, int blocks = 0);
+LBE_EXPORT int MergeMomentsCuda(void* stream, const MergeProblem& problem,
+                                const MergeArguments& arguments);
 
 // Bytes of their workspaces, which are 16-byte aligned; see above.
-int64_t ForwardCudaWorkspace(const Problem& problem, bool has_epilogue,
-                             int blocks = 0);
-int64_t GradientCudaWorkspace(const Problem& problem, int64_t channels);
+LBE_EXPORT int64_t ForwardCudaWorkspace(const Problem& problem,
+                                        bool has_epilogue, int blocks = 0);
+LBE_EXPORT int64_t GradientCudaWorkspace(const Problem& problem,
+                                         int64_t channels);
 
 // Writes zeros.
-int SetZeroCuda(void* stream, void* data, int64_t bytes);
+LBE_EXPORT int SetZeroCuda(void* stream, void* data, int64_t bytes);
 
 // SetScalar in the order of the stream.
-int SetScalarCuda(void* stream, DType dtype, double value, void* scalar);
+LBE_EXPORT int SetScalarCuda(void* stream, DType dtype, double value,
+                             void* scalar);
 
 // What went wrong and what to do about it. Static text.
-const char* CudaErrorMessage(int error);
+LBE_EXPORT const char* CudaErrorMessage(int error);
 
 // A GPU. Versions as CUDA has them: 13020 is 13.2.
 struct CudaSystem {
@@ -273,9 +277,7 @@ struct CudaSystem {
 
 // What there is to know of one GPU, without creating a context on it: by
 // default the first one that CUDA sees.
-CudaSystem DescribeCuda(int device = 0);
-
-#pragma GCC visibility pop
+LBE_EXPORT CudaSystem DescribeCuda(int device = 0);
 
 }  // namespace lbe
 

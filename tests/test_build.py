@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """setup.py: which TensorFlow it builds for, and what it does where it cannot build."""
 
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -251,8 +252,11 @@ def info(site_packages):
 
 
 def require_build_tools():
+    # Not imported, and not looked for by Python: setuptools then changes distutils.
     for name in ("pip", "setuptools"):
-        if importlib.util.find_spec(name) is None:
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
             pytest.skip(f"there is no {name}")
 
 

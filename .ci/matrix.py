@@ -31,7 +31,7 @@ OLDEST_PYTHON_OF_KERAS_3_13 = "3.11"
 QUICK_TESTS = "native numpy_module packaging"
 TENSORFLOW_TESTS = "ops epilogue synchronized_ops xla"
 KERAS_TESTS = "callbacks keras_internals layers loss migration model regularizer"
-TOOLS = "hypothesis", "matplotlib", "pytest", "pytest-xdist"
+TOOLS = "hypothesis", "matplotlib", "pytest", "pytest-xdist", "tensorboard"
 
 
 def kerases(python: str) -> list[str]:

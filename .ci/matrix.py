@@ -43,7 +43,7 @@ def kerases(python: str) -> list[str]:
 
 
 def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
+    return subprocess.run(
         [str(each) for each in command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -51,7 +51,6 @@ def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]
         check=False,
         **options,
     )
-    return done
 
 
 def install(python: pathlib.Path, *what: object) -> None:

@@ -20,6 +20,7 @@ if keras.config.backend() != "tensorflow":
         f"Received: backend={keras.config.backend()!r}"
     )
 
+from lbe_ops import initializers
 from lbe_ops.callbacks import BatchEntropyLogger
 from lbe_ops.layers import LBE, Conv2D_LBE, Dense_LBE, add_lbe, with_lbe
 from lbe_ops.model import LBE_Model, LBEModel
@@ -40,6 +41,7 @@ __all__ = [
     "UnitStatistics",
     "add_lbe",
     "batch_entropy",
+    "initializers",
     "recording",
     "unit_statistics",
     "use_native",

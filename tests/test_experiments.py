@@ -20,8 +20,8 @@ from helpers import save_patterns
 import lbe_ops
 from lbe_ops.experiments import command, data, nets, plots, results
 from lbe_ops.experiments.errors import ExperimentError
-from lbe_ops.experiments.looks_linear import LooksLinear
 from lbe_ops.experiments.settings import PRESETS, Settings
+from lbe_ops.initializers import LooksLinear
 
 # Keras' own conversion of variables for .weights.h5, under NumPy 2.
 pytestmark = pytest.mark.filterwarnings(

@@ -12,8 +12,8 @@ import tensorflow as tf
 import lbe_ops
 from lbe_ops.experiments import settings as settings_module
 from lbe_ops.experiments.errors import ExperimentError
-from lbe_ops.experiments.looks_linear import LooksLinear
 from lbe_ops.experiments.settings import Settings
+from lbe_ops.initializers import LooksLinear
 from lbe_ops.layers import Conv2D_LBE, Dense_LBE
 from lbe_ops.model import LBEModel
 from lbe_ops.regularizer import LBERegularizer

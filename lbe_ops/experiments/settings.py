@@ -20,7 +20,7 @@ SCALINGS = ("unit", "symmetric")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "decay", "cosine")
 NATIVE_MODES = {"auto": None, "require": True, "never": False}
-LOOKS_LINEAR = "looks_linear"  # see looks_linear.py
+LOOKS_LINEAR = "looks_linear"  # of initializers.py
 DTYPES = ("float32", "float64", "mixed_float16", "mixed_bfloat16")
 
 

@@ -161,11 +161,11 @@ def critical_gain(activation: str | Callable[[Any], Any] | None) -> float:
     `1 / sqrt(E[activation(z)**2])`, z normal with variance 1: that of
     pre-activations stays 1. For what is linear on both sides of zero that is critical
     as well, at any variance: linear 1, relu sqrt(2), leaky_relu
-    sqrt(2 / (1 + slope**2)). The remaining ones have no critical point that a net
-    would go to, and the gain keeps the scale alone: selu (1, its fixed point) and elu
-    return to it; of gelu and silu it is unstable, an error in the second moment grows
-    by 14 and 17 % a layer, so that beyond some tens of layers `lsuv` is needed; with
-    sigmoid all samples soon look alike.
+    sqrt(2 / (1 + slope**2)). For the remaining ones the gain keeps the scale, and is
+    not the edge of chaos: nets of selu (1, by its design) and elu return to that scale;
+    those of gelu and silu leave it, since an error in the second moment grows by 14 and
+    17 % a layer, and need `lsuv` beyond some ten layers; with sigmoid it is kept while
+    all samples soon look alike.
 
     Args:
         activation: as for a layer of Keras: a name, a function or None (linear). A
@@ -305,6 +305,8 @@ def lsuv(
             "max_iterations must be an integer >= 1. "
             f"Received: max_iterations={max_iterations!r}"
         )
+    if not tf.executing_eagerly():
+        raise ValueError("lsuv changes weights, and is not for use in a tf.function.")
     if not model.built:
         raise ValueError(
             "lsuv needs a model with weights: call it on a batch before. "
@@ -357,10 +359,7 @@ def lsuv(
         if layer not in done:
             done[layer] = None  # for calls from inside of the measurement
             try:
-                done[layer] = scale(
-                    layer,
-                    lambda: _variance_before_activation(layer, call, args, kwargs),
-                )
+                done[layer] = scale(layer, lambda: _variance(layer, call, args, kwargs))
             except ValueError as error:
                 failure = error
                 raise
@@ -374,8 +373,8 @@ def lsuv(
         missing = [layer.path or layer.name for layer in selected if layer not in done]
         if missing:
             raise ValueError(
-                "The model does not call all of the layers to scale. Leave them out of "
-                f"`layers`. Received: {missing}"
+                "The model does not call these layers for inference, or only in a "
+                f"tf.function: leave them out of `layers`. Received: {missing}"
             )
     except BaseException:
         for layer, kernel in kernels.items():
@@ -402,8 +401,8 @@ def _kernel(layer: keras.layers.Layer) -> keras.Variable:
         return kernel
     raise ValueError(
         f"Layer '{layer.path or layer.name}' has no variable `kernel` of floating "
-        "point that lsuv could scale (one that is quantized or has LoRA is none). Leave "
-        f"it out of `layers`. Received: {type(kernel).__name__}"
+        "point that lsuv could scale (one with LoRA or quantized is none). Leave it "
+        f"out of `layers`. Received: {type(kernel).__name__}"
     )
 
 
@@ -420,9 +419,9 @@ def _variance(
     """The variance of all that a layer's `call` returns with a linear activation."""
     if not tf.executing_eagerly():
         raise ValueError(
-            f"Layer '{layer.path or layer.name}' is called in a graph, in which its "
-            "output has no values: lsuv needs models that run eagerly, and is not for "
-            "use in a tf.function."
+            f"Layer '{layer.path or layer.name}' is called in a graph (of a "
+            "tf.function in the model?), where its output has no values. Leave it out "
+            "of `layers`, or call it eagerly."
         )
     has_one = "activation" in vars(layer)
     with _replaced(layer, {"activation": keras.activations.linear} if has_one else {}):

@@ -21,7 +21,6 @@ import lbe_ops
 from lbe_ops.experiments import command, data, nets, plots, results
 from lbe_ops.experiments.errors import ExperimentError
 from lbe_ops.experiments.settings import PRESETS, Settings
-from lbe_ops.initializers import LooksLinear
 
 # Keras' own conversion of variables for .weights.h5, under NumPy 2.
 pytestmark = pytest.mark.filterwarnings(
@@ -192,25 +191,6 @@ def test_presets_and_overriding():
     assert longer.default_name() == other.default_name()
 
 
-# The looks-linear initializer
-
-
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize(("inputs", "units"), [(6, 10), (10, 6), (8, 8)])
-def test_looks_linear_kernels_are_mirrored_and_orthogonal(first, inputs, units):
-    kernel = np.array(LooksLinear(first=first, seed=3)((inputs, units), "float64"))
-    left, right = np.split(kernel, 2, axis=1)
-    np.testing.assert_array_equal(left, -right)
-    if not first:
-        upper, lower = np.split(left, 2)
-        np.testing.assert_array_equal(upper, -lower)
-        left = upper
-    small = left if left.shape[0] < left.shape[1] else left.T
-    np.testing.assert_allclose(small @ small.T, np.eye(len(small)), atol=1e-12)
-    again = LooksLinear.from_config(LooksLinear(first=first, seed=3).get_config())
-    np.testing.assert_array_equal(again((inputs, units), "float64"), kernel)
-
-
 @pytest.mark.parametrize("model", ["dense", "conv"])
 def test_a_looks_linear_net_starts_as_a_linear_isometry(model):
     """However deep: the pairs of the last layer hold the (float32) input, rotated."""
@@ -225,12 +205,6 @@ def test_a_looks_linear_net_starts_as_a_linear_isometry(model):
     linear = (positive - negative).reshape(5, -1)
     flat = x.reshape(5, -1)
     np.testing.assert_allclose(linear @ linear.T, flat @ flat.T, rtol=1e-5, atol=1e-5)
-
-
-def test_looks_linear_needs_pairs():
-    for first, shape in ((True, (4, 3)), (False, (3, 4))):
-        with pytest.raises(ValueError, match=r"must be even. Received: a kernel of"):
-            LooksLinear(first=first)(shape)
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,7 @@ def test_gain_keeps_the_second_moment(name):
         ("selu", 1),
         (lambda z: z**3, 1 / math.sqrt(15)),  # odd, and does not damp
         (tf.abs, 1),
+        (lambda z: 1e-7 * tf.exp(z), 1e7 * math.exp(-1)),  # small, but not odd
     ],
 )
 def test_gain_of_known_functions(activation, expected):
@@ -291,7 +292,9 @@ def test_every_layer_of_a_deep_net_gets_unit_variance(activation, orthogonal):
             np.testing.assert_allclose(kernel, scaled.factor * start, rtol=1e-12)
         z = y @ kernel
         assert z.var() == pytest.approx(1, abs=0.05)
-        assert z.var() == pytest.approx(scaled.variance, rel=1e-6)
+        # Such a net amplifies the error of the gelu of Keras, 5e-9.
+        error = 1e-2 if activation == "gelu" else 1e-9
+        assert z.var() == pytest.approx(scaled.variance, rel=error)
         y = FORMULAS[activation](z)
     assert untouched(net, net.get_weights())
 

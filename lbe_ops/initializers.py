@@ -288,7 +288,8 @@ def lsuv(
     Example:
 
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, "gelu")])
-    >>> done = lsuv(model, np.random.default_rng(0).normal(size=(64, 8)))
+    >>> x = np.random.default_rng(0).normal(size=(64, 8))
+    >>> done = lsuv(model, x, tolerance=1e-4)
     >>> round(done[0].variance, 3)
     1.0
 
@@ -401,7 +402,8 @@ def _kernel(layer: keras.layers.Layer) -> keras.Variable:
     raise ValueError(
         f"Layer '{layer.path or layer.name}' has no variable `kernel` of floating "
         "point that lsuv could scale (one with LoRA or quantized is none). Leave it "
-        f"out of `layers`. Received: {type(kernel).__name__}"
+        f"out of `layers`. Received: {type(kernel).__name__} of the dtype "
+        f"{getattr(kernel, 'dtype', None)}"
     )
 
 

@@ -184,11 +184,11 @@ class BatchEntropyLogger(keras.callbacks.Callback):
     def _append_csv(self, summary: dict[str, Any]) -> None:
         path = pathlib.Path(self._csv)
         path.parent.mkdir(parents=True, exist_ok=True)
-        row = dict(summary)
+        columns, row = list(summary), list(summary.values())
         for measure, rows in self.measured.items():
-            for name, value in zip(self.names, rows[-1], strict=True):
-                row[name if measure == ENTROPY else f"{name}/{measure}"] = value
-        columns = list(row)
+            suffix = "" if measure == ENTROPY else f"/{measure}"
+            columns += [name + suffix for name in self.names]
+            row += rows[-1]
         only_entropy = columns[: len(summary) + len(self.names)]
         with path.open("a+", newline="") as file:
             file.seek(0)
@@ -202,7 +202,7 @@ class BatchEntropyLogger(keras.callbacks.Callback):
             writer = csv.writer(file)
             if header is None:
                 writer.writerow(columns)
-            writer.writerow([row[column] for column in header or columns])
+            writer.writerow(row[: len(header or columns)])
 
     def _summarize(self, epoch: int, summary: dict[str, Any]) -> None:
         if self._writer is None:

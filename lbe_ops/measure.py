@@ -152,7 +152,8 @@ class Probe:
         model: any Keras model. One that is not built is built by a call.
         data: the batch: inputs of the model for at least two samples, as an array (or
             the structure of arrays that the model takes).
-        layers: which layers, as for `add_lbe`. None takes `default_layers(model)`.
+        layers: which layers, as for `add_lbe`, or a list of them. None takes
+            `default_layers(model)`.
         measures: which of `MEASURES`: batch_entropy (nats), effective_rank,
             mean_cosine, rms, deviation (root mean square of the difference from the
             mean over the batch), dead_share (of the units, those that have the same
@@ -170,6 +171,7 @@ class Probe:
     Attributes:
         names: path of each layer measured, in the order of the forward pass. A layer
             with several outputs or calls appears once for each: "dense", "dense (2)".
+        has_gradient: of each, whether it has weights that the loss depends on.
 
     Raises:
         ValueError: no layer matches, or none is called by the model, or one is called
@@ -186,7 +188,7 @@ class Probe:
         self,
         model: keras.Model,
         data: Any,
-        layers: Selection | None = None,
+        layers: Selection | list[keras.layers.Layer] | None = None,
         *,
         measures: Iterable[str] = tuple(MEASURES),
         targets: Any = None,
@@ -207,7 +209,7 @@ class Probe:
         self._formula = ops.check_formula(ddof, scale, offset)
         self._key: tuple[Any, ...] | None = None
         self._run: Callable[..., Any] | None = None
-        self._has_gradient: list[bool] = []
+        self.has_gradient: list[bool] = []
         if self._targets is not None:
             _check_samples(self._data, self._targets)
 
@@ -237,7 +239,7 @@ class Probe:
         while True:
             values = self._run(self._data, self._targets, tf.constant(scale))
             result = {name: value.numpy() for name, value in values.items()}
-            if scale <= 1 or np.isfinite(result[GRADIENT][self._has_gradient]).all():
+            if scale <= 1 or np.isfinite(result[GRADIENT][self.has_gradient]).all():
                 return result
             scale = max(scale / 32, 1.0)  # too large, as the optimizer would find out
 
@@ -268,7 +270,7 @@ class Probe:
         result = dict(zip(self.measures, columns, strict=True))
         if tape is not None:
             norms = _gradient_norms(tape, loss, layers)
-            self._has_gradient = [norm is not None for norm in norms]
+            self.has_gradient = [norm is not None for norm in norms]
             norms = _stack(tf.constant(np.nan) if x is None else x for x in norms)
             result[GRADIENT] = norms / tf.cast(loss_scale, norms.dtype)
         return result
@@ -283,6 +285,10 @@ class Probe:
     def _selected(self) -> list[keras.layers.Layer]:
         if self._layers is None:
             return default_layers(self.model)
+        if isinstance(self._layers, list) and all(
+            isinstance(layer, keras.layers.Layer) for layer in self._layers
+        ):
+            return self._layers
         return select_layers(self.model, self._layers)
 
     def _observer(

@@ -31,7 +31,7 @@ def effective_rank(x: Any) -> tf.Tensor:
         rank = (tr C)^2 / tr(C^2) = (sum_i l_i)^2 / sum_i l_i^2,
 
     from 1 (all samples on a line) to min(N - 1, U) (no direction is preferred). It does
-    not depend on the scale of x, from 1e-37 to 1e38 in float32. 0 where nothing varies;
+    not depend on the scale of x, from 1e-36 to 3e38 in float32. 0 where nothing varies;
     NaN where x is not finite. No eigenvalues are computed: `C^2` has the trace of the
     squared Gram matrix, of which the smaller is taken, N x N or U x U. Differentiable,
     with a gradient of 0 where nothing varies.
@@ -209,6 +209,7 @@ class Probe:
         self._formula = ops.check_formula(ddof, scale, offset)
         self._key: tuple[Any, ...] | None = None
         self._run: Callable[..., Any] | None = None
+        self._functions: dict[Any, Callable[[tf.Tensor], tf.Tensor]] = {}
         self.has_gradient: list[bool] = []
         if self._targets is not None:
             _check_samples(self._data, self._targets)
@@ -277,10 +278,26 @@ class Probe:
 
     def _of_output(self, x: tf.Tensor) -> tf.Tensor:
         """All measures of the output of a layer, a vector."""
-        return _stack(
-            MEASURES[name](x, **(self._formula if name == "batch_entropy" else {}))
-            for name in self.measures
-        )
+
+        def values(x: tf.Tensor) -> tf.Tensor:
+            return _stack(
+                MEASURES[name](x, **(self._formula if name == "batch_entropy" else {}))
+                for name in self.measures
+            )
+
+        if not self.measures:
+            return tf.zeros(0)
+        # Traced once for all outputs of one shape, and a function in the graph too: a
+        # graph with all of these operations for every layer takes minutes to optimize.
+        key = str(x.shape), x.dtype
+        if key not in self._functions:
+            function = tf.function(
+                values, autograph=False, experimental_attributes={"_noinline": True}
+            )
+            self._functions[key] = function.get_concrete_function(
+                tf.TensorSpec(x.shape, x.dtype)
+            )
+        return self._functions[key](x)
 
     def _selected(self) -> list[keras.layers.Layer]:
         if self._layers is None:
@@ -300,13 +317,6 @@ class Probe:
             return tf.executing_eagerly(), tf.compat.v1.get_default_graph()
 
         outside = graph()
-        # Traced once for all outputs of one shape, and a function in the graph too: a
-        # graph with all of these operations for every layer takes minutes to optimize.
-        measured = tf.function(
-            self._of_output,
-            autograph=False,
-            experimental_attributes={"_noinline": True},
-        )
 
         def observer(layer: keras.layers.Layer) -> Callable[[tf.Tensor], tf.Tensor]:
             def observe(x: tf.Tensor) -> tf.Tensor:
@@ -318,7 +328,7 @@ class Probe:
                         f"layers=[...]. Received: layers={self._layers}"
                     )
                 with tape.stop_recording() if tape else contextlib.nullcontext():
-                    rows.append((layer, measured(x)))
+                    rows.append((layer, self._of_output(x)))
                 return tf.zeros(())
 
             return observe
@@ -492,21 +502,24 @@ def _samples(x: Any, function: str) -> tf.Tensor:
 
 def _scaled(x: tf.Tensor, axis: int | None = None) -> tuple[tf.Tensor, tf.Tensor]:
     """`(x / s, s)` with s the largest absolute value, or 1 where that is 0."""
-    largest = tf.reduce_max(tf.abs(x), axis=axis, keepdims=axis is not None)
-    # It makes no difference to what is computed of x / s, and has no gradient.
-    largest = tf.stop_gradient(largest)
-    scale = tf.where(largest > 0, largest, tf.ones_like(largest))
-    return x / scale, scale
+    # It makes no difference to what is computed of x / s, and has no gradient. XLA
+    # divides by multiplying, and the reciprocal of the largest numbers would be 0.
+    x = x / 16
+    largest = tf.stop_gradient(
+        tf.reduce_max(tf.abs(x), axis=axis, keepdims=axis is not None)
+    )
+    scale = tf.where(largest > 0, largest, tf.ones_like(largest) / 16)
+    return x / scale, 16 * scale
 
 
 def _centred(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """`(d, s)`: the deviations from the mean over the batch are `s * d`, |d| <= 1.
+    """`(d, s)`: the deviations from the mean over the batch are `s * d`, |d| <= 2.
 
     First relative to the first sample, so that a unit that does not vary has none; and
     halved, so that the difference of two large numbers is one.
     """
     x, scale = _scaled(x / 2 - tf.stop_gradient(x[:1]) / 2)
-    return x - tf.reduce_mean(x, axis=0), 2 * scale
+    return 2 * (x - tf.reduce_mean(x, axis=0)), scale
 
 
 def _rms(x: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:

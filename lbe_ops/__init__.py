@@ -22,7 +22,9 @@ if keras.config.backend() != "tensorflow":
 
 from lbe_ops import initializers
 from lbe_ops.callbacks import BatchEntropyLogger
+from lbe_ops.diagnose import Diagnosis, diagnose
 from lbe_ops.layers import LBE, Conv2D_LBE, Dense_LBE, add_lbe, with_lbe
+from lbe_ops.measure import effective_rank, mean_cosine
 from lbe_ops.model import LBE_Model, LBEModel
 from lbe_ops.native import NativeUnavailableError, load, use_native
 from lbe_ops.ops import UnitStatistics, batch_entropy, unit_statistics
@@ -34,6 +36,7 @@ __all__ = [
     "LBE",
     "Conv2D_LBE",
     "Dense_LBE",
+    "Diagnosis",
     "LBEModel",
     "LBERegularizer",
     "LBE_Model",
@@ -42,6 +45,9 @@ __all__ = [
     "add_lbe",
     "batch_entropy",
     "initializers",
+    "diagnose",
+    "effective_rank",
+    "mean_cosine",
     "recording",
     "unit_statistics",
     "use_native",

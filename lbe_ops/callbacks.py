@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`BatchEntropyLogger`: every layer's batch entropy on a fixed batch, each epoch.
+"""`BatchEntropyLogger`: entropy, rank and more of every layer on a batch, each epoch.
 
 To the history and the logs, to a CSV file, to TensorBoard, and drawn over depth and
 over time. It works on any Keras model, with and without LBE.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -18,20 +18,38 @@ import numpy as np
 import tensorflow as tf
 
 from lbe_ops import ops
-from lbe_ops.layers import Selection, select_layers
-from lbe_ops.loss import find_regularizers
+from lbe_ops.layers import Selection
+from lbe_ops.measure import GRADIENT, Probe, as_tensors, check_measures
 
 Path = str | os.PathLike
+ENTROPY = "batch_entropy"
+# How a picture names what it shows, and whether it can be negative.
+LABELS = {
+    ENTROPY: "batch entropy H (nats)",
+    "effective_rank": "effective rank",
+    "mean_cosine": "mean cosine",
+    "rms": "root mean square",
+    "deviation": "deviation from the mean",
+    "dead_share": "share of dead units",
+    GRADIENT: "norm of the gradient",
+}
+# A scale is logarithmic where the largest value is this many times the smallest.
+LOGARITHMIC = 10.0
 
 
 class BatchEntropyLogger(keras.callbacks.Callback):
-    """Logs the batch entropy H of each layer on a probe batch after every epoch.
+    """Logs how a probe batch goes through the layers, after every epoch.
+
+    Of each layer the batch entropy H in nats, the effective rank and the mean cosine;
+    with `targets` the norm of the gradient too (see `lbe_ops.measure.Probe`). H tells
+    whether the samples differ at all, rank and cosine whether they differ in more than
+    one direction, the gradient whether the layer can learn.
 
     The logs (and so the progress bar, the History and CSVLogger) get three values:
     `h_avg` (mean over layers), `h_out` (the last layer) and `h_positive` (number of
-    layers with H > 0). The H of every layer, in nats, stand in `values`, in
-    `history.history["batch_entropy"]` (one list per epoch), and in what `csv`,
-    `tensorboard` and `plot` name.
+    layers with H > 0). What was measured of every layer stands in `values` (H) and
+    `measured` (all), in `history.history["batch_entropy"]`, `["effective_rank"]` and so
+    on (one list per epoch), and in what `csv`, `tensorboard` and `plot` name.
 
     The probe is a forward pass for inference (`training=False`), compiled once: it
     changes no weight, no statistics and no random state.
@@ -41,25 +59,33 @@ class BatchEntropyLogger(keras.callbacks.Callback):
             array (or the structure of arrays that the model takes).
         layers: which layers, as for `add_lbe`. None takes the layers with LBE; in a
             model that has none, every layer with a kernel.
-        csv: file to append a line per epoch to: epoch, h_avg, h_out, h_positive, and
-            H of each layer.
+        measures: what is logged beside the entropy, of `lbe_ops.measure.MEASURES`:
+            effective_rank, mean_cosine, rms, deviation, dead_share. `()` for the
+            entropy alone. Of 500 layers x 64 and 512 samples, the two by default take
+            0.25 s an epoch beside 0.18 s for the entropy (two busy CPU cores).
+        targets: of the probe batch. Adds gradient_norm: the gradient of the compiled
+            loss, without LBE, by the weights of each layer. A backward pass an epoch.
+        csv: file to append a line per epoch to: epoch, h_avg, h_out, h_positive, H of
+            each layer, and then, in columns "layer/measure", everything else. A file
+            that has entropies alone (of an earlier version) goes on as it is.
         tensorboard: folder for `tf.summary` scalars.
         plot: image file to draw at the end of training; needs matplotlib.
         ddof, scale, offset: as for `lbe_ops.batch_entropy`.
 
     Attributes:
         names: path of each layer observed, in the order of the forward pass; a layer
-            that is called more than once appears more than once.
+            that is called more than once appears more than once: "dense", "dense (2)".
         epochs: the epochs logged.
-        values: `[epochs][layers]` floats.
+        values: H, `[epochs][layers]` floats.
+        measured: the same for every measure, by its name; `values` is one of them.
 
     Raises:
-        ValueError: no layer matches, or none is called by the model; or the CSV file
-            has other columns.
+        ValueError: no layer matches, or none is called by the model; an unknown
+            measure; or the CSV file has other columns.
 
     Example:
 
-    >>> logger = BatchEntropyLogger(x_val[:512], csv="entropy.csv", plot="entropy.png")
+    >>> logger = BatchEntropyLogger(x_val[:512], csv="health.csv", plot="health.png")
     >>> model.fit(x, y, callbacks=[logger])
     """
 
@@ -68,6 +94,8 @@ class BatchEntropyLogger(keras.callbacks.Callback):
         data: Any,
         layers: Selection | None = None,
         *,
+        measures: Iterable[str] = ("effective_rank", "mean_cosine"),
+        targets: Any = None,
         csv: Path | None = None,
         tensorboard: Path | None = None,
         plot: Path | None = None,
@@ -78,16 +106,23 @@ class BatchEntropyLogger(keras.callbacks.Callback):
         super().__init__()
         self.names: list[str] = []
         self.epochs: list[int] = []
-        self.values: list[list[float]] = []
-        self._data = keras.tree.map_structure(tf.convert_to_tensor, data)
+        measures = check_measures({ENTROPY, *check_measures(measures)})
+        names = measures if targets is None else (*measures, GRADIENT)
+        self.measured: dict[str, list[list[float]]] = {name: [] for name in names}
+        self.values = self.measured[ENTROPY]
+        self._data = as_tensors(data)
         if not (layers is None or callable(layers) or isinstance(layers, str | tuple)):
             layers = list(layers)  # an iterator serves once
         self._layers = layers
         self._csv = csv
         self._tensorboard = tensorboard
         self._plot = plot
-        self._formula = ops.check_formula(ddof, scale, offset)
-        self._probe: Callable[[Any], tf.Tensor] | None = None
+        self._options = {
+            "measures": measures,
+            "targets": None if targets is None else as_tensors(targets),
+            **ops.check_formula(ddof, scale, offset),
+        }
+        self._probe: Probe | None = None
         self._writer: tf.summary.SummaryWriter | None = None
 
     def set_model(self, model: keras.Model) -> None:
@@ -102,69 +137,27 @@ class BatchEntropyLogger(keras.callbacks.Callback):
         Raises:
             ValueError: there is no model yet, or no layer to observe.
         """
+        return self._measure()[ENTROPY]
+
+    def _measure(self) -> dict[str, np.ndarray]:
         if self.model is None:
             raise ValueError(
                 "measure() needs a model: pass the logger to fit(), or call "
                 "set_model(model) before. Received: no model"
             )
         if self._probe is None:
-            self._probe = (
-                self._entropies
-                if self.model.run_eagerly
-                else tf.function(self._entropies, autograph=False)
-            )
-        return self._probe(self._data).numpy()
-
-    def _entropies(self, data: Any) -> tf.Tensor:
-        names, entropies = [], []
-
-        def observer(layer: keras.layers.Layer) -> Callable[[tf.Tensor], tf.Tensor]:
-            def observe(x: tf.Tensor) -> tf.Tensor:
-                names.append(layer.path or layer.name)
-                entropies.append(
-                    tf.cast(ops.batch_entropy(x, **self._formula), tf.float32)
-                )
-                return tf.zeros(())
-
-            return observe
-
-        observed = self._observed()
-        places = [_place_of_regularizer(layer) for layer in observed]
-        regularizers = [
-            vars(layer)[place] for layer, place in zip(observed, places, strict=True)
-        ]
-        try:
-            # Past __setattr__: the layers' own regularizers stay tracked.
-            for layer, place in zip(observed, places, strict=True):
-                vars(layer)[place] = observer(layer)
-            self.model(data, training=False)
-        finally:
-            for layer, place, regularizer in zip(
-                observed, places, regularizers, strict=True
-            ):
-                vars(layer)[place] = regularizer
-        if not entropies:
-            raise ValueError(
-                "The model calls none of the layers to observe. Received: layers="
-                f"{[layer.name for layer in observed]}"
-            )
-        self.names = names
-        return tf.stack(entropies)
-
-    def _observed(self) -> list[keras.layers.Layer]:
-        if self._layers is not None:
-            return select_layers(self.model, self._layers)
-        lbe = find_regularizers(self.model)
-        with_lbe = [layer for layers in lbe.values() for layer in layers]
-        return with_lbe or select_layers(
-            self.model, lambda layer: getattr(layer, "kernel", None) is not None
-        )
+            self._probe = Probe(self.model, self._data, self._layers, **self._options)
+        measured = self._probe()
+        self.names = self._probe.names
+        return measured
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures, and writes to everything that was asked for."""
-        values = self.measure()
+        measured = self._measure()
+        values = measured[ENTROPY]
         self.epochs.append(epoch)
-        self.values.append(values.tolist())
+        for name, rows in self.measured.items():
+            rows.append(measured[name].tolist())
         summary = {
             "h_avg": float(values.mean()),
             "h_out": float(values[-1]),
@@ -174,7 +167,8 @@ class BatchEntropyLogger(keras.callbacks.Callback):
             logs.update(summary)
         history = getattr(self.model, "history", None)
         if history is not None:
-            history.history.setdefault("batch_entropy", []).append(self.values[-1])
+            for name, rows in self.measured.items():
+                history.history.setdefault(name, []).append(rows[-1])
         if self._csv is not None:
             self._append_csv({"epoch": epoch, **summary})
         if self._tensorboard is not None:
@@ -191,11 +185,16 @@ class BatchEntropyLogger(keras.callbacks.Callback):
     def _append_csv(self, summary: dict[str, Any]) -> None:
         path = pathlib.Path(self._csv)
         path.parent.mkdir(parents=True, exist_ok=True)
-        columns = [*summary, *self.names]
+        columns, row = list(summary), list(summary.values())
+        for measure, rows in self.measured.items():
+            suffix = "" if measure == ENTROPY else f"/{measure}"
+            columns += [name + suffix for name in self.names]
+            row += rows[-1]
+        only_entropy = columns[: len(summary) + len(self.names)]
         with path.open("a+", newline="") as file:
             file.seek(0)
             header = next(csv.reader(file), None)
-            if header not in (None, columns):
+            if header not in (None, columns, only_entropy):
                 raise ValueError(
                     f"{path} has other columns than these layers need: {columns}. "
                     "Write to another file, or give the layers the names that they "
@@ -204,7 +203,7 @@ class BatchEntropyLogger(keras.callbacks.Callback):
             writer = csv.writer(file)
             if header is None:
                 writer.writerow(columns)
-            writer.writerow([*summary.values(), *self.values[-1]])
+            writer.writerow(row[: len(header or columns)])
 
     def _summarize(self, epoch: int, summary: dict[str, Any]) -> None:
         if self._writer is None:
@@ -212,14 +211,17 @@ class BatchEntropyLogger(keras.callbacks.Callback):
         with self._writer.as_default(step=epoch):
             for name, value in summary.items():
                 tf.summary.scalar(f"batch_entropy/{name}", value)
-            for name, value in zip(self.names, self.values[-1], strict=True):
-                tf.summary.scalar(f"batch_entropy/layers/{name}", value)
+            for measure, rows in self.measured.items():
+                for name, value in zip(self.names, rows[-1], strict=True):
+                    tf.summary.scalar(f"{measure}/layers/{name}", value)
         self._writer.flush()
 
     def plot(self, path: Path) -> None:
-        """Draws H over depth (first to last epoch) and over time, to an image file.
+        """Draws all that was measured, to an image file.
 
-        The file appears as a whole or not at all.
+        A row of panels for each measure: over depth (first to last epoch) and over
+        time. Scales are logarithmic where values span decades. The file appears as a
+        whole or not at all.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -229,28 +231,12 @@ class BatchEntropyLogger(keras.callbacks.Callback):
             raise ValueError("Nothing to draw yet. Received: 0 epochs")
         from matplotlib.figure import Figure
 
-        values = np.asarray(self.values)  # [epochs, layers]
-        figure = Figure(figsize=(11, 4), layout="constrained")
-        depth, time = figure.subplots(1, 2)
-        chosen = sorted({0, len(values) // 2, len(values) - 1})
-        for row in chosen:
-            depth.plot(
-                range(1, values.shape[1] + 1),
-                values[row],
-                marker="." if values.shape[1] < 50 else None,
-                label=f"epoch {self.epochs[row] + 1}",
-            )
-        depth.set(xlabel="layer", ylabel="batch entropy H (nats)", title="over depth")
-        depth.legend()
-        image = time.imshow(
-            values.T,
-            aspect="auto",
-            origin="lower",
-            interpolation="nearest",
-            extent=(0.5, len(values) + 0.5, 0.5, values.shape[1] + 0.5),
-        )
-        time.set(xlabel="epoch logged", ylabel="layer", title="over time")
-        figure.colorbar(image, ax=time, label="H (nats)")
+        size = (11, 1 + 3 * len(self.measured))
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(len(self.measured), 2, squeeze=False)
+        for row, (name, values) in zip(panels, self.measured.items(), strict=True):
+            self._draw(*row, np.asarray(values), LABELS[name])
+        panels[0, 0].legend()
 
         path = pathlib.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -261,8 +247,36 @@ class BatchEntropyLogger(keras.callbacks.Callback):
         finally:
             temporary.unlink(missing_ok=True)
 
+    def _draw(self, depth: Any, time: Any, values: np.ndarray, label: str) -> None:
+        """Draws `[epochs, layers]` over depth and over time."""
+        from matplotlib.colors import LogNorm, Normalize
 
-def _place_of_regularizer(layer: keras.layers.Layer) -> str:
-    """The attribute that holds a layer's activity regularizer."""
-    here = "activity_regularizer" in vars(layer)
-    return "activity_regularizer" if here else "lbe_regularizer"  # of layers.py
+        shown = np.isfinite(values)
+        positive = values[shown & (values > 0)]
+        logarithmic = (
+            not (values < 0).any()
+            and positive.size > 0
+            and positive.max() > LOGARITHMIC * positive.min()
+        )
+        if logarithmic:
+            shown &= values > 0
+            depth.set_yscale("log")
+        values = np.ma.masked_array(values, ~shown)  # stays blank
+        for epoch in sorted({0, len(values) // 2, len(values) - 1}):
+            depth.plot(
+                range(1, values.shape[1] + 1),
+                values[epoch],
+                marker="." if values.shape[1] < 50 else None,
+                label=f"epoch {self.epochs[epoch] + 1}",
+            )
+        depth.set(xlabel="layer", ylabel=label, title=f"{label}, over depth")
+        image = time.imshow(
+            values.T,
+            aspect="auto",
+            origin="lower",
+            interpolation="nearest",
+            norm=(LogNorm if logarithmic else Normalize)(),
+            extent=(0.5, len(values) + 0.5, 0.5, values.shape[1] + 0.5),
+        )
+        time.set(xlabel="epoch logged", ylabel="layer", title=f"{label}, over time")
+        time.figure.colorbar(image, ax=time)

@@ -459,17 +459,26 @@ def check_formula(ddof: int, scale: float, offset: float) -> dict[str, Any]:
 def _check(
     x: Any, ddof: int, scale: float, offset: float
 ) -> tuple[tf.Tensor, dict[str, Any]]:
+    return check_activations(x), check_formula(ddof, scale, offset)
+
+
+def check_activations(x: Any, function: str = "batch_entropy") -> tf.Tensor:
+    """x as a tensor.
+
+    Raises:
+        TypeError, ValueError: its dtype is not served, or it is a scalar.
+    """
     x = tf.convert_to_tensor(x)
     if x.dtype not in DTYPES:
         raise TypeError(
-            "batch_entropy takes float16, bfloat16, float32 or float64; cast first. "
+            f"{function} takes float16, bfloat16, float32 or float64; cast first. "
             f"Received: x with dtype {x.dtype.name}"
         )
     if x.shape.rank == 0:
         raise ValueError(
-            "batch_entropy takes activations of shape [batch, ...]. Received: a scalar"
+            f"{function} takes activations of shape [batch, ...]. Received: a scalar"
         )
-    return x, check_formula(ddof, scale, offset)
+    return x
 
 
 def _attributes(formula: dict[str, Any]) -> dict[str, Any]:

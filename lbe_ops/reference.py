@@ -27,14 +27,14 @@ def result_dtype(dtype: tf.DType) -> tf.DType:
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
-def check_sizes(x: tf.Tensor) -> tf.Tensor:
+def check_sizes(x: tf.Tensor, function: str = "batch_entropy") -> tf.Tensor:
     """x, or an `InvalidArgumentError` if it has fewer than 2 samples or no unit.
 
     At once where the sizes are known, else when the graph runs. XLA drops assertions:
     there only known sizes are checked.
     """
     message = (
-        "batch_entropy needs a batch of at least 2 samples, since the variance of a "
+        f"{function} needs a batch of at least 2 samples, since the variance of a "
         "single one is undefined, and at least one unit. Received: x of shape "
     )
     sizes = x.shape.as_list() if x.shape.rank is not None else []

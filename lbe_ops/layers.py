@@ -19,7 +19,8 @@ from lbe_ops.fuse import reporting_call, tapped
 from lbe_ops.keras_internals import flatten_layers
 from lbe_ops.loss import LBELoss
 from lbe_ops.model import LBEModel
-from lbe_ops.regularizer import LBERegularizer, check_finite
+from lbe_ops.regularizer import LBERegularizer
+from lbe_ops.strength import Schedule, strength_of
 
 AnyLayer = TypeVar("AnyLayer", bound=keras.layers.Layer)
 Selection = (
@@ -304,7 +305,7 @@ def add_lbe(
     model: keras.Model,
     layers: Selection = (keras.layers.Dense, keras.layers.Conv2D),
     *,
-    LBE_strength: float = 1.5,
+    LBE_strength: float | Schedule = 1.5,
     **arguments: Any,
 ) -> LBEModel:
     """An `LBEModel` out of a Functional or Sequential model, with LBE on some layers.
@@ -319,7 +320,7 @@ def add_lbe(
             it from `LBEModel` and use `with_lbe`.
         layers: which layers get LBE, nested ones included: a layer class (or several
             in a tuple), a function of the layer that says so, or names.
-        LBE_strength: as for `LBEModel`.
+        LBE_strength: as for `LBEModel`: a number or a schedule.
         **arguments: those of `LBERegularizer`; every layer gets one of its own.
 
     Returns:
@@ -341,7 +342,7 @@ def add_lbe(
             "add_lbe takes a Functional model, or a Sequential one with an Input. "
             f"Received: model={model}"
         )
-    check_finite("LBE_strength", LBE_strength, at_least=0)
+    LBE_strength = strength_of(LBE_strength)
     selected = select_layers(model, layers)
     regularizers = [_regularizer_for(layer, **arguments) for layer in selected]
     for layer, regularizer in zip(selected, regularizers, strict=True):

@@ -19,7 +19,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from lbe_ops import recorder
+from lbe_ops import recorder, targets
 from lbe_ops.fuse import fuse_layers
 from lbe_ops.keras_internals import (
     MultiWorkerTraining,
@@ -267,9 +267,25 @@ class LBEModel(MultiWorkerTraining, keras.Model):
     def _adopt(self) -> None:
         """Takes the alphas and the layers in, once they are there."""
         if not self.lbe_loss.adopted:
+            self._warn_of_targets()
             self.lbe_loss.adopt()
             if self.lbe_fuse:
                 fuse_layers(flatten_layers(self))
+
+    def _warn_of_targets(self) -> None:
+        """Warns, once for all layers, where LBE cannot reach what it is to reach."""
+        text = targets.unreachable(
+            (
+                layer.path or layer.name,
+                targets.reach_of(layer, **regularizer.formula),
+                regularizer.initial_target,
+            )
+            for regularizer, layers in self._find_regularizers().items()
+            if regularizer.lbe_alpha.index is None  # or another LBEModel has said so
+            for layer in layers
+        )
+        if text:
+            warnings.warn(text, stacklevel=4)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """The outputs of the Functional model; subclasses may have their own."""

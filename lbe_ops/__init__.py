@@ -30,6 +30,7 @@ from lbe_ops.native import NativeUnavailableError, load, use_native
 from lbe_ops.ops import UnitStatistics, batch_entropy, unit_statistics
 from lbe_ops.recorder import recording
 from lbe_ops.regularizer import LBERegularizer
+from lbe_ops.targets import max_entropy
 
 __all__ = [
     "BatchEntropyLogger",
@@ -48,6 +49,7 @@ __all__ = [
     "diagnose",
     "effective_rank",
     "mean_cosine",
+    "max_entropy",
     "recording",
     "unit_statistics",
     "use_native",

@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 import keras
 import tensorflow as tf
 
-from lbe_ops import ops, recorder
+from lbe_ops import ops, recorder, targets
 from lbe_ops.fuse import reporting_call, tapped
 from lbe_ops.keras_internals import flatten_layers
 from lbe_ops.loss import LBELoss
 from lbe_ops.model import LBEModel
-from lbe_ops.regularizer import LBERegularizer, check_finite
+from lbe_ops.regularizer import LBERegularizer
+from lbe_ops.strength import Schedule, strength_of
 
 AnyLayer = TypeVar("AnyLayer", bound=keras.layers.Layer)
 Selection = (
@@ -109,6 +110,7 @@ class _EndsWithEpilogue(_ReportingLayer):
             lbe_beta=LBE_beta,
         )
         super().__init__(*args, activity_regularizer=regularizer, **kwargs)
+        regularizer.reach = targets.reach_of(self, **regularizer.formula)
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """The layer's output; in a step of an `LBEModel` its entropy is reported."""
@@ -130,6 +132,8 @@ class Dense_LBE(_EndsWithEpilogue, keras.layers.Dense):
     Args:
         *args: as for `keras.layers.Dense`.
         LBE_alpha: initial entropy to reach, in nats; trained (see `LBERegularizer`).
+            The default, of the TensorFlow port, is above what a bounded activation can
+            have (`lbe_ops.max_entropy`): give such a layer one that is not.
         LBE_alpha_min: what it cannot fall below.
         LBE_beta: weight of this layer's LBE.
         activity_regularizer: one more activity regularizer, beside LBE; or an
@@ -244,7 +248,10 @@ def with_lbe(layer: AnyLayer, **arguments: Any) -> AnyLayer:
     Args:
         layer: the layer; changed in place. The alpha of one that is built already is
             trained by an `LBEModel` only.
-        **arguments: those of `LBERegularizer`.
+        **arguments: those of `LBERegularizer`. Without `lbe_alpha` the target suits the
+            layer's activation: 1 nat where it is unbounded, 0.5 for tanh, 0.2 for
+            sigmoid, and 0.4 of `lbe_ops.max_entropy` for other bounded ones;
+            `lbe_alpha_min` is 0.05, or less for a small target.
 
     Returns:
         The same layer.
@@ -269,7 +276,9 @@ def _regularizer_for(layer: keras.layers.Layer, **arguments: Any) -> LBERegulari
             f"Received: {layer.name!r}"
         )
     arguments.setdefault("name", f"{layer.name}_lbe")
-    regularizer = _regularizer(layer.activity_regularizer, **arguments)
+    defaults = targets.default_targets(layer, **arguments)
+    regularizer = _regularizer(layer.activity_regularizer, **{**defaults, **arguments})
+    regularizer.reach = targets.reach_of(layer, **regularizer.formula)
     if not _keeps(layer, regularizer):
         raise ValueError(
             f"A layer of the class {type(layer).__name__} does not keep an activity "
@@ -304,7 +313,7 @@ def add_lbe(
     model: keras.Model,
     layers: Selection = (keras.layers.Dense, keras.layers.Conv2D),
     *,
-    LBE_strength: float = 1.5,
+    LBE_strength: float | Schedule = 1.5,
     **arguments: Any,
 ) -> LBEModel:
     """An `LBEModel` out of a Functional or Sequential model, with LBE on some layers.
@@ -319,8 +328,9 @@ def add_lbe(
             it from `LBEModel` and use `with_lbe`.
         layers: which layers get LBE, nested ones included: a layer class (or several
             in a tuple), a function of the layer that says so, or names.
-        LBE_strength: as for `LBEModel`.
-        **arguments: those of `LBERegularizer`; every layer gets one of its own.
+        LBE_strength: as for `LBEModel`: a number or a schedule.
+        **arguments: those of `LBERegularizer`; every layer gets one of its own. By
+            default the target suits each layer's activation (see `with_lbe`).
 
     Returns:
         The model, to be compiled.
@@ -341,7 +351,7 @@ def add_lbe(
             "add_lbe takes a Functional model, or a Sequential one with an Input. "
             f"Received: model={model}"
         )
-    check_finite("LBE_strength", LBE_strength, at_least=0)
+    LBE_strength = strength_of(LBE_strength)
     selected = select_layers(model, layers)
     regularizers = [_regularizer_for(layer, **arguments) for layer in selected]
     for layer, regularizer in zip(selected, regularizers, strict=True):

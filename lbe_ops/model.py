@@ -19,7 +19,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from lbe_ops import recorder
+from lbe_ops import recorder, targets
 from lbe_ops.fuse import fuse_layers
 from lbe_ops.keras_internals import (
     MultiWorkerTraining,
@@ -29,7 +29,8 @@ from lbe_ops.keras_internals import (
 )
 from lbe_ops.loss import LBELoss, find_regularizers
 from lbe_ops.recorder import Recording
-from lbe_ops.regularizer import ALPHA_NAME, LBERegularizer, check_finite
+from lbe_ops.regularizer import ALPHA_NAME, LBERegularizer
+from lbe_ops.strength import Schedule, Strength, strength_of
 from lbe_ops.synchronized import replicas, synchronize, warn_of
 
 # Whether `losses` is empty for now, so that Keras computes the compiled loss alone.
@@ -40,6 +41,7 @@ _compiled_loss_alone: contextvars.ContextVar[bool] = contextvars.ContextVar(
 
 _OWN_NAMES = {
     "lbe_by_samples",
+    "lbe_factor",
     "lbe_fuse",
     "lbe_kept",
     "lbe_logs",
@@ -137,8 +139,9 @@ class LBEModel(MultiWorkerTraining, keras.Model):
     Args:
         inputs: as for `keras.Model`; not for a subclass with its own `call`.
         outputs: likewise.
-        LBE_strength: weight of LBE, >= 0, independent of the batch size. It is fixed
-            when the training function is built; call `compile` after changing it.
+        LBE_strength: weight of LBE, >= 0, independent of the batch size: a number, or
+            a `keras.optimizers.schedules.LearningRateSchedule` of the optimizer's
+            iterations. See the attribute.
         name: name of the model.
         fuse: whether plain `keras.layers.Dense` and `Conv2D` with an `LBERegularizer`
             end with the fused epilogue in training (see `lbe_ops.fuse`).
@@ -155,12 +158,19 @@ class LBEModel(MultiWorkerTraining, keras.Model):
         **kwargs: as for `keras.Model`.
 
     Attributes:
+        LBE_strength: the float or the schedule. Set it at any time, as in a callback:
+            the next step has the new one. No function is traced again for one number
+            after another; `fit` and `evaluate` are for a schedule, and a `tf.function`
+            of your own keeps the schedule that it was traced with. It is part of the
+            configuration and no weight: `.weights.h5` files and checkpoints do not
+            have it.
         lbe_loss: the layer that owns the alphas (`LBELoss`).
         lbe_net: the Functional model of the inputs and outputs, without LBE's loss;
             None for a subclass with its own `call`.
 
     Raises:
-        ValueError: LBE_strength is negative, not finite or not a number.
+        ValueError: LBE_strength is negative, not finite, or neither a number nor a
+            schedule. Of a schedule the first value is looked at only.
 
     Example:
 
@@ -168,6 +178,8 @@ class LBEModel(MultiWorkerTraining, keras.Model):
     >>> x = Dense_LBE(32, activation="relu")(inputs)
     >>> model = LBEModel(inputs, keras.layers.Dense(10)(x), LBE_strength=0.5)
     >>> model.compile("adam", keras.losses.SparseCategoricalCrossentropy(True))
+    >>> schedules = keras.optimizers.schedules  # 0.5, and from step 200 on no LBE
+    >>> model.LBE_strength = schedules.PiecewiseConstantDecay([199], [0.5, 0.0])
 
     Source: Peer et al., TMLR 2022 (arXiv 2208.01134).
     """
@@ -176,7 +188,7 @@ class LBEModel(MultiWorkerTraining, keras.Model):
         self,
         inputs: Any = None,
         outputs: Any = None,
-        LBE_strength: float = 1.5,
+        LBE_strength: float | Schedule = 1.5,
         name: str | None = None,
         *,
         fuse: bool = True,
@@ -184,11 +196,11 @@ class LBEModel(MultiWorkerTraining, keras.Model):
         weigh_by_samples: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_finite("LBE_strength", LBE_strength, at_least=0)
+        LBE_strength = strength_of(LBE_strength)
         if inputs is not None:
             kwargs.setdefault("autocast", False)  # the net casts its inputs itself
         super().__init__(name=name, **kwargs)
-        self.LBE_strength = float(LBE_strength)
+        self.lbe_factor = Strength(LBE_strength)
         self.lbe_fuse = bool(fuse)
         self.lbe_synchronized = bool(synchronized)
         self.lbe_by_samples = bool(weigh_by_samples)
@@ -218,6 +230,20 @@ class LBEModel(MultiWorkerTraining, keras.Model):
         keras.Model.layers.fset(self, value)  # says that the name is taken
 
     @property
+    def LBE_strength(self) -> float | Schedule:
+        """The weight of LBE in the loss; set it at any time."""
+        return self.lbe_factor.value
+
+    @LBE_strength.setter
+    def LBE_strength(self, value: Any) -> None:
+        if self.lbe_factor.change(value):
+            # In the middle of `fit` as well, which keeps no function of its own.
+            if self.train_function is not None:
+                self.make_train_function(force=True)
+            if self.test_function is not None:
+                self.make_test_function(force=True)
+
+    @property
     def lbe_regularizers(self) -> list[LBERegularizer]:
         """Every LBE regularizer in the model, once, nested models included."""
         return list(self._find_regularizers())
@@ -241,9 +267,25 @@ class LBEModel(MultiWorkerTraining, keras.Model):
     def _adopt(self) -> None:
         """Takes the alphas and the layers in, once they are there."""
         if not self.lbe_loss.adopted:
+            self._warn_of_targets()
             self.lbe_loss.adopt()
             if self.lbe_fuse:
                 fuse_layers(flatten_layers(self))
+
+    def _warn_of_targets(self) -> None:
+        """Warns, once for all layers, where LBE cannot reach what it is to reach."""
+        text = targets.unreachable(
+            (
+                layer.path or layer.name,
+                targets.reach_of(layer, **regularizer.formula),
+                regularizer.initial_target,
+            )
+            for regularizer, layers in self._find_regularizers().items()
+            if regularizer.lbe_alpha.index is None  # or another LBEModel has said so
+            for layer in layers
+        )
+        if text:
+            warnings.warn(text, stacklevel=4)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """The outputs of the Functional model; subclasses may have their own."""
@@ -401,7 +443,8 @@ class LBEModel(MultiWorkerTraining, keras.Model):
         ]
         if others and count > 1:
             others = [tf.add_n(others) / count]
-        return tf.add_n([ce, self.LBE_strength * mean * ce, *others])
+        strength = self.lbe_factor.at(optimizer, ce.dtype)
+        return tf.add_n([ce, strength * mean * ce, *others])
 
     @described_by_constructor
     def get_config(self) -> dict[str, Any]:
@@ -413,7 +456,7 @@ class LBEModel(MultiWorkerTraining, keras.Model):
         """
         parameters = inspect.signature(type(self).__init__).parameters
         passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        own = {"LBE_strength": self.LBE_strength}
+        own = {"LBE_strength": self.lbe_factor.get_config()}
         if self.lbe_net is not None and _takes_inputs(parameters):
             config = {"net": keras.saving.serialize_keras_object(self.lbe_net)}
             own |= self._own_config()
@@ -452,7 +495,7 @@ class LBEModel(MultiWorkerTraining, keras.Model):
             strength = config.pop("LBE_strength", None)
         model = super().from_config(config, custom_objects)
         if strength is not None:
-            model.LBE_strength = strength
+            model.LBE_strength = strength_of(strength)
         return model
 
     def export(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from lbe_ops import keras_internals, ops, recorder
+from lbe_ops import keras_internals, ops, recorder, targets
 from lbe_ops.native import compiles, requested_mode
 
 ALPHA_NAME = "lbe_alpha"
@@ -54,7 +54,7 @@ class Alpha:
         self.variable = variable
         self.index: int | None = None  # None for a scalar
         self.in_a_graph = False  # which would not learn of a move
-        self._initial = initial
+        self.initial = initial
 
     def move(self, vector: keras.Variable, index: int) -> None:
         """Lets an element of a vector, which has its value, take the scalar's place."""
@@ -69,7 +69,7 @@ class Alpha:
 
         def read() -> tf.Tensor:
             if not scalar.value.is_initialized():
-                return tf.constant(self._initial, self.dtype)
+                return tf.constant(self.initial, self.dtype)
             return tf.convert_to_tensor(scalar.value)
 
         return read
@@ -223,6 +223,8 @@ class LBERegularizer(keras.layers.Layer):
         self.supports_masking = True
         # Whether the layer was built before, so that Keras does not track its alpha.
         self.on_built_layer = False
+        # What the activation of its layer can reach, where that is known.
+        self.reach: targets.Reach | None = None
         # Made here and not in build(): a Functional model lists its variables before
         # its first call. Keras tracks what is in the list, and no longer what was taken
         # out; checkpoints of TensorFlow have what is in the module.
@@ -250,6 +252,11 @@ class LBERegularizer(keras.layers.Layer):
     def target(self) -> tf.Tensor:
         """The entropy to reach at present: `max(lbe_alpha_min, |lbe_alpha|)`."""
         return tf.maximum(tf.abs(self.lbe_alpha.value), self.lbe_alpha_min)
+
+    @property
+    def initial_target(self) -> float:
+        """The entropy to reach at first."""
+        return max(self.lbe_alpha_min, abs(self.lbe_alpha.initial))
 
     @property
     def supports_jit(self) -> bool:
@@ -344,7 +351,13 @@ class LBERegularizer(keras.layers.Layer):
             recording.report(self, x, layer, entropy=entropy, valid=valid)
 
     def _check_training(self) -> None:
-        """Raises where training would leave alpha or the layer without a gradient."""
+        """Raises where training would leave alpha or the layer without a gradient.
+
+        Warns, once, where the layer cannot get to the entropy that it is to reach.
+        """
+        text = targets.unreachable([("", self.reach, self.initial_target)])
+        if text:
+            targets.warn_once(text)
         if self.on_built_layer and self.lbe_alpha.index is None:
             raise ValueError(
                 "LBE was put on a layer that was built before, whose alpha a plain "

@@ -405,6 +405,42 @@ def callbacks():
     }
 
 
+@case(2)
+def changing_strength():
+    """Weights after a number of each epoch, and a schedule, on one device and two."""
+    x, y = samples(48)
+    decay = keras.optimizers.schedules.CosineDecay(1.0, 8)
+    results = {}
+    for name, strengths in {
+        "numbers": [0.5, 0.0, 2.0, 0.1],
+        "schedule": [decay] * 4,
+        "both": [0.5, decay, 0.25, 2.0],
+    }.items():
+
+        class Set(keras.callbacks.Callback):
+            def on_epoch_begin(self, epoch, logs=None, strengths=strengths):
+                self.model.LBE_strength = strengths[epoch]
+
+        one = model_of()
+        with STRATEGY.scope():
+            many = model_of()
+        histories = [
+            model.fit(
+                *(x, y),
+                batch_size=16,
+                epochs=4,
+                shuffle=False,
+                callbacks=[Set()],
+                validation_data=(x, y),
+                verbose=0,
+            ).history
+            for model in (one, many)
+        ]
+        results[name] = largest(one.get_weights(), many.get_weights())
+        results[f"{name} history"] = largest(*(list(h.values()) for h in histories))
+    return results
+
+
 def main():
     results = {}
     chosen = sys.argv[2:] or CASES

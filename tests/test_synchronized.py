@@ -159,6 +159,11 @@ def test_replicas_train_as_one_device(count, name, tolerance):
         assert difference <= tolerance * (1 if of_weights else 20), what
 
 
+def test_the_strength_changes_on_all_replicas():
+    for what, difference in result(2, "changing_strength").items():
+        assert difference <= (2e-5 if what.endswith("history") else 1e-6), what
+
+
 @pytest.mark.parametrize(
     ("count", "name"),
     [(2, "without_synchronization"), (4, "partial_batches_as_keras")],

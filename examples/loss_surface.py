@@ -55,7 +55,7 @@ def main(quick):
     """Trains both nets and prints the surfaces."""
     x, y = load_digits(return_X_y=True)
     x = (x / 16).astype("float32")
-    depth, width, epochs, steps = (5, 32, 3, 3) if quick else (15, 64, 20, 9)
+    depth, width, epochs, steps = (4, 32, 3, 3) if quick else (15, 64, 20, 9)
     for lbe in (False, True):
         model = build(depth, width, lbe)
         model.fit(x, y, batch_size=64, epochs=epochs, verbose=0)

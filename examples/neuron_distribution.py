@@ -21,11 +21,13 @@ def describe(activations):
     """A line about the units of a layer, from its output for a batch."""
     statistics = unit_statistics(activations)
     x, mean = np.array(activations, np.float64), statistics.mean.numpy()
-    deviation = np.sqrt(statistics.variance.numpy())
+    variance = statistics.variance.numpy()
+    deviation = np.sqrt(variance)
     alive = deviation > 0
     skewness = np.mean(((x - mean)[:, alive] / deviation[alive]) ** 3)
     return (
-        f"H {statistics.entropy.numpy():.3f}  deviation {deviation.mean():.3f}  "
+        f"H {statistics.entropy.numpy().mean():.3f}  "
+        f"deviation {np.sqrt(variance.mean()):.3f}  "
         f"dead units {1 - alive.mean():4.0%}  zeros {np.mean(x == 0):4.0%}  "
         f"skewness {skewness:.1f}"
     )

@@ -46,7 +46,7 @@ def main(quick):
     """Trains the four nets and prints their accuracy."""
     x, y = load_digits(return_X_y=True)
     x = (x / 16).astype("float32").reshape(-1, 8, 8, 1)
-    blocks, filters, epochs = (3, 8, 2) if quick else (10, 16, 10)
+    blocks, filters, epochs = (1, 8, 2) if quick else (10, 16, 10)
     for normalized in (False, True):
         for lbe in (False, True):
             model = build(blocks, filters, normalized, lbe)

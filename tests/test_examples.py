@@ -48,9 +48,9 @@ def test_neuron_distribution(lines):
         f"layer {n}:" for n in range(1, 7)
     ] * 2
     for entropy, deviation, skewness in map(numbers, printed[1:7]):
-        # All units alike, and Gaussian, would have this entropy; by Jensen's
-        # inequality, those of ReLUs have less.
-        assert 0 < entropy < np.log(np.pi * np.e * 4 * deviation**2 + 1) / 2
+        # That of units which are all alike; by Jensen's inequality it is the most.
+        highest = np.log(np.pi * np.e * deviation**2 + 1) / 2
+        assert highest / 2 < entropy < highest + 1e-3
         assert skewness > 0
 
 
@@ -59,12 +59,11 @@ def test_normalization(lines):
     assert [row.split()[0] for row in rows] == ["none", "batch", "layer", "selu", "lbe"]
     last = {row.split()[0]: numbers(row)[2] for row in rows}
     assert last["none"] < 0.1 < min(last[kind] for kind in ("batch", "layer", "selu"))
-    assert last["lbe"] > 10 * last["none"]
 
 
 def test_residual(lines):
     accuracies = [numbers(line)[0] for line in lines("residual")]
-    assert len(accuracies) == 4 and min(accuracies) > 0.2
+    assert len(accuracies) == 4 and min(accuracies) > 0.2  # 0.1 is chance
 
 
 def test_autoencoder(lines):

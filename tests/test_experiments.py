@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import dataclasses
 import importlib.util
 import json
 import os
@@ -21,6 +23,7 @@ import lbe_ops
 from lbe_ops.experiments import command, data, nets, plots, results
 from lbe_ops.experiments.errors import ExperimentError
 from lbe_ops.experiments.settings import PRESETS, Settings
+from lbe_ops.experiments.tasks import Classification, Reconstruction, task_of
 
 # Keras' own conversion of variables for .weights.h5, under NumPy 2.
 pytestmark = pytest.mark.filterwarnings(
@@ -45,7 +48,7 @@ def run(npz, tmp_path, capsys, monkeypatch):
 
     def run(*arguments: object, draw: bool = False) -> tuple[int, str, str]:
         if not draw:  # takes longer than the training
-            monkeypatch.setattr(plots, "draw", lambda folder, chance: None)
+            monkeypatch.setattr(plots, "draw", lambda *arguments: None)
         words = ["--data", str(npz), *TINY.split(), "--output", str(tmp_path / "run")]
         status = command.main([*words, *map(str, arguments)])
         return (status, *capsys.readouterr())
@@ -225,6 +228,12 @@ def test_a_looks_linear_net_starts_as_a_linear_isometry(model):
         ("--model conv --initializer identity", "--initializer identity with"),
         ("--activation glu", "--initializer glorot_uniform with --activation glu"),
         ("--initializer looks_linear --width 7", "--initializer looks_linear with"),
+        ("--model transformer", "--model transformer needs --data text, and"),
+        ("--data text", "--model transformer needs --data text, and --data text"),
+        ("--model transformer --data text --norm batch", "--norm must be none, layer"),
+        ("--norm post_layer", "--norm must be none, batch or layer"),
+        ("--model transformer --data text --heads 3", "--heads must be a divisor of"),
+        ("--model vae --latent 0", "--latent must be at least 1"),
     ],
 )
 def test_bad_arguments_end_in_one_line(run, arguments, message):
@@ -243,7 +252,7 @@ def test_bad_environment_variable_ends_in_one_line(run, monkeypatch):
 
 def test_unknown_choice_is_refused(run):
     with pytest.raises(SystemExit) as exit:
-        run("--model", "transformer")
+        run("--model", "recurrent")
     assert exit.value.code == 2
 
 
@@ -304,8 +313,12 @@ def test_entropies_over_depth(lbe):
         )
         y = np.maximum(y @ kernel + bias, 0)
         expected.append(np.mean(np.log(np.pi * np.e * y.var(axis=0) + 1) / 2))
-    np.testing.assert_allclose(nets.entropies(net, x), expected, rtol=1e-4)
-    assert net.losses == []
+    entropies = nets.entropies(net, x)
+    np.testing.assert_allclose(entropies(), expected, rtol=1e-4)
+    y = np.zeros(16, np.int32)
+    loss = net.evaluate(x, y, verbose=0)[0]
+    entropies()
+    assert net.evaluate(x, y, verbose=0)[0] == loss
 
 
 @pytest.mark.parametrize("lbe", [False, True])
@@ -328,6 +341,292 @@ def test_steps_are_traced_once(npz, lbe):
     assert traces == ["train", "test"]
 
 
+# The kinds of nets, each after its formula in float64
+
+
+def in_float64(net: keras.Model) -> dict[str, list[np.ndarray]]:
+    """The kernel and bias of each layer that has them, or what else its weights are."""
+    return {
+        layer.name: [
+            w.numpy().astype(np.float64)
+            for w in layer.weights
+            if not w.path.endswith("lbe_alpha")
+        ]
+        for layer in net.layers
+        if layer.weights
+    }
+
+
+def dense(x: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
+    return x @ weights[0] + weights[1]
+
+
+def relu(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0)
+
+
+def normalized(x: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
+    """Layer normalization, whose epsilon in Keras is 1e-3."""
+    gamma, beta = weights
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + 1e-3) * gamma + beta
+
+
+def entropy(x: np.ndarray) -> float:
+    return np.mean(np.log(np.pi * np.e * x.var(axis=0) + 1) / 2)
+
+
+SMALL = {"width": 8, "initializer": "glorot_uniform"}
+
+
+def shaken(settings: Settings, shape: tuple[int, ...], classes: int, lbe: bool):
+    """A net whose biases and scales have left their initial values."""
+    net, generator = nets.build(settings, shape, classes, lbe), np.random.default_rng(5)
+    for weight in net.trainable_variables:
+        if not weight.path.endswith("alphas"):
+            weight.assign_add(generator.normal(size=weight.shape) * 0.1)
+    return net
+
+
+@pytest.mark.parametrize("lbe", [False, True])
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_residual_net_adds_shortcuts_before_the_activation(lbe, norm):
+    settings = Settings(model="residual", depth=5, norm=norm, **SMALL)
+    net = shaken(settings, (7,), 3, lbe)
+    weights = in_float64(net)
+    x = np.random.default_rng(0).random((16, 7), np.float32)
+    hidden = [x.astype(np.float64)]
+    for number in range(1, 6):
+        adds = number in (3, 5)
+        name = "weights" if adds or norm == "layer" else "hidden"
+        h = dense(hidden[-1], weights[f"{name}_{number}"])
+        if norm == "layer":
+            h = normalized(h, weights[f"norm_{number}"])
+        hidden.append(relu(h + hidden[number - 2] if adds else h))
+    expected = dense(hidden[-1], weights["logits"])
+    np.testing.assert_allclose(
+        net.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        nets.entropies(net, x)(), [entropy(h) for h in hidden[1:]], rtol=1e-4
+    )
+    assert len(getattr(net, "lbe_regularizers", [])) == 5 * lbe
+
+
+def test_batch_normalization_is_before_the_activation():
+    net = nets.build(Settings(depth=2, norm="batch", **SMALL), (7,), 3, lbe=False)
+    x = np.random.default_rng(0).random((16, 7), np.float32)
+    h = x.astype(np.float64)
+    for number in (1, 2):
+        h = dense(h, in_float64(net)[f"weights_{number}"])
+        h = relu((h - h.mean(axis=0)) / np.sqrt(h.var(axis=0) + 1e-3))
+    expected = dense(h, in_float64(net)["logits"])
+    np.testing.assert_allclose(net(x, training=True), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_autoencoder_reconstructs_the_flattened_input():
+    settings = Settings(model="autoencoder", depth=3, latent=2, **SMALL)
+    net = shaken(settings, (2, 3, 1), 5, lbe=False)
+    weights = in_float64(net)
+    assert [*weights] == "hidden_1 latent hidden_2 hidden_3 reconstruction".split()
+    assert weights["latent"][0].shape == (8, 2)
+    x = np.random.default_rng(0).random((16, 2, 3, 1), np.float32)
+    flat = x.reshape(16, 6).astype(np.float64)
+    h = dense(relu(dense(flat, weights["hidden_1"])), weights["latent"])
+    for name in ("hidden_2", "hidden_3"):
+        h = relu(dense(h, weights[name]))
+    error = np.mean((dense(h, weights["reconstruction"]) - flat) ** 2)
+    logs = net.evaluate(x, x.reshape(16, 6), verbose=0, return_dict=True)
+    assert logs == pytest.approx({"loss": error, "mse": error}, rel=1e-5)
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.5])
+def test_vae_has_the_divergence_once_for_each_sample(kl_weight):
+    settings = Settings(model="vae", depth=2, latent=3, kl_weight=kl_weight, **SMALL)
+    net = shaken(settings, (2, 3, 1), 5, lbe=False)
+    weights = in_float64(net)
+    x = np.random.default_rng(0).random((16, 2, 3, 1), np.float32)
+    (inputs, noise), flat = task_of(settings).pair(x, None, np.random.default_rng(1))
+    np.testing.assert_array_equal(inputs, x)
+    assert noise.shape == (16, 3) and noise.dtype == np.float32
+    assert abs(noise.mean()) < 0.5 < noise.std() < 1.5
+    h = dense(
+        relu(dense(flat.astype(np.float64), weights["hidden_1"])), weights["latent"]
+    )
+    mean, variance = h[:, :3], np.exp(h[:, 3:])
+    h = relu(dense(mean + np.sqrt(variance) * noise, weights["hidden_2"]))
+    squares = np.sum((dense(h, weights["reconstruction"]) - flat) ** 2, axis=1)
+    # Of the normal distribution N(mean, variance) from N(0, 1), summed over the units.
+    divergence = np.sum(mean**2 + variance - 1 - np.log(variance), axis=1) / 2
+    logs = net.evaluate([x, noise], flat, verbose=0, return_dict=True)
+    assert logs == pytest.approx(
+        {
+            "loss": np.mean(squares + kl_weight * divergence) / 6,
+            "mse": np.mean(squares) / 6,
+            "kl": np.mean(divergence),
+        },
+        rel=1e-4,
+    )
+
+
+def test_noise_of_a_vae_is_another_one_in_each_epoch(run, tmp_path, monkeypatch):
+    fit, seen = keras.Model.fit, []
+
+    def recording(net, x, y, **options):
+        seen.extend([x[1], options["validation_data"][0][1]])
+        return fit(net, x, y, **options)
+
+    monkeypatch.setattr(keras.Model, "fit", recording)
+    assert run("--lbe", "--model", "vae", "--epochs", 2)[0] == 0
+    first, validation, second, again = seen
+    assert not np.isin(first, second).any() and not np.isin(first, validation).any()
+    np.testing.assert_array_equal(validation, again)
+
+
+TRANSFORMER = Settings(
+    model="transformer", data="text", depth=2, heads=2, context=5, **SMALL
+)
+
+
+@pytest.mark.parametrize("norm", ["none", "layer", "post_layer"])
+def test_transformer_is_its_formula(norm):
+    settings = dataclasses.replace(TRANSFORMER, norm=norm)
+    net = shaken(settings, (5,), 11, lbe=True)
+    weights = in_float64(net)
+    x = np.random.default_rng(0).integers(11, size=(16, 5))
+    places = iter(f"norm_{number}" for number in range(1, 6))
+
+    def layer_norm(h: np.ndarray, where: str) -> np.ndarray:
+        return normalized(h, weights[next(places)]) if norm == where else h
+
+    def attention(h: np.ndarray, name: str) -> np.ndarray:
+        h = dense(h, weights[f"{name}_in"]).reshape(16, 5, 3, 2, 4)
+        query, key, value = np.moveaxis(h, 2, 0)
+        scores = np.einsum("bqhd,bkhd->bhqk", query, key) / 2
+        scores = np.exp(scores) * np.tril(np.ones((5, 5)))
+        scores /= scores.sum(axis=-1, keepdims=True)
+        h = np.einsum("bhqk,bkhd->bqhd", scores, value).reshape(16, 5, 8)
+        return dense(h, weights[f"{name}_out"])
+
+    kernel, bias = weights["input"]
+    h, entropies = kernel[x] + bias, []
+    for number in (1, 2):
+        branch = attention(layer_norm(h, "layer"), f"attention_{number}")
+        h = layer_norm(h + branch, "post_layer")
+        hidden = relu(dense(layer_norm(h, "layer"), weights[f"hidden_{number}"]))
+        entropies.append(entropy(hidden.reshape(16, -1)))
+        branch = dense(hidden, weights[f"perceptron_{number}_out"])
+        h = layer_norm(h + branch, "post_layer")
+    expected = dense(layer_norm(h, "layer"), weights["logits"])
+    np.testing.assert_allclose(
+        net.predict(x, verbose=0), expected, rtol=1e-3, atol=1e-4
+    )
+    np.testing.assert_allclose(nets.entropies(net, x)(), entropies, rtol=1e-4)
+
+
+def test_transformer_does_not_see_what_comes():
+    net = shaken(TRANSFORMER, (5,), 11, lbe=False)
+    x = np.random.default_rng(0).integers(11, size=(1, 5))
+    later = x.copy()
+    later[0, 3] = (x[0, 3] + 1) % 11
+    before, after = net.predict(x, verbose=0)[0], net.predict(later, verbose=0)[0]
+    np.testing.assert_array_equal(before[:3], after[:3])
+    assert np.abs(before[3:] - after[3:]).max(axis=1).min() > 1e-3
+
+
+@pytest.mark.parametrize("model", ["residual", "residual_conv", "autoencoder", "vae"])
+def test_initial_weights_of_all_kinds_are_those_without_lbe(model):
+    settings = Settings(model=model, depth=4, norm="batch", lbe_input=True, **SMALL)
+    plain, lbe = (nets.build(settings, (4, 4, 1), 3, lbe) for lbe in (False, True))
+    assert len(lbe.lbe_regularizers) == 4 + 1
+    kernels = [w.numpy() for w in lbe.weights if not w.path.endswith("lbe_alpha")]
+    kernels = [w for w in kernels if w.shape != (5,)]  # the alphas
+    for one, other in zip(plain.weights, kernels, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--model vae --epochs 2",
+        "--model transformer --data text --context 16 --batch-size 512 --epochs 1",
+    ],
+)
+def test_results_of_other_kinds(run, tmp_path, words):
+    status, output, error = run(*words.split(), draw=True)
+    assert (status, error) == (0, "")
+    folder = tmp_path / "run"
+    config = json.loads((folder / "config.json").read_text())
+    task = task_of(Settings.from_mapping(config["settings"]))
+    plots = {path.stem for path in folder.glob("*.png")}
+    assert plots == {*task.curves, "entropy"} <= {*results.PLOTS}
+    summary = json.loads((folder / "summary.json").read_text())
+    for net in results.NETS:
+        rows = history(folder, net)
+        scores = [row[f"val_{task.score}"] for row in rows]
+        assert summary[net][f"best_val_{task.score}"] == task.best(scores)
+        assert summary[net][f"val_{task.score}"] == scores[-1]
+        assert ("kl" in summary[net]) == ("val_kl" in rows[0]) == ("vae" in words)
+    assert f"validation {task.score}" in output and task.by_chance in output
+    results.RunFolder(folder).clear()
+    assert not folder.exists()
+
+
+def test_errors_by_chance(npz):
+    patterns = data.load(str(npz))
+    mean = patterns.x_test.mean(axis=0, dtype=np.float64)
+    error = np.mean((patterns.x_test - mean) ** 2)
+    assert Reconstruction().chance(patterns) == pytest.approx(error)
+    text = data.load("text", context=10)
+    values, counts = np.unique(text.y_test, return_counts=True)
+    assert Classification().chance(text) == counts.max() / text.y_test.size
+    assert chr(values[counts.argmax()]) == " "
+
+
+def test_text_is_that_of_the_library():
+    text = data.load("text", context=10)
+    assert text.shape == (10,) and text.classes == 128
+    assert len(text.x_train) == 30 * ((18_000 - 1) // 10)
+    assert len(text.x_test) == 30 * ((2_000 - 1) // 10)
+    np.testing.assert_array_equal(text.x_train[:, 1:], text.y_train[:, :-1])
+    source = pathlib.Path(argparse.__file__).read_text("utf-8")
+    beginning = "".join(map(chr, text.x_train[:100].ravel()))
+    assert beginning == source[:1000]
+    assert "".join(map(chr, text.y_train[0])) == source[1:11]
+    held_out = "".join(map(chr, text.x_test[:100].ravel()))
+    assert held_out == source[18_000:19_000]
+    assert text.describe() == data.load("text", context=10).describe()
+    with pytest.raises(ExperimentError, match="--context must be less than 2000"):
+        data.load("text", context=2000)
+
+
+def test_missing_sources_are_told(monkeypatch):
+    monkeypatch.setattr(data, "SOURCES", ("no_such_module",))
+    with pytest.raises(ExperimentError, match="needs the sources of Python's library"):
+        data.load("text")
+
+
+def test_run_from_before_a_setting_goes_on(run, tmp_path):
+    """Its config.json lacks it; and its folder had its name from the others."""
+    assert run("--lbe", "--epochs", 1)[0] == 0
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    added = {f.name for f in dataclasses.fields(Settings) if f.metadata["added"]}
+    assert added == {"context", "norm", "latent", "kl_weight", "heads"}
+    for name in added:
+        del config["settings"][name]
+    path.write_text(json.dumps(config))
+    status, output, _ = run("--lbe", "--epochs", 2)
+    assert status == 0 and "resuming after epoch 1" in output
+    status, _, error = run("--lbe", "--epochs", 2, "--norm", "layer")
+    assert status == 2 and "(norm: none there, layer here)" in error
+    # What version 0.1.0 called them.
+    assert Settings(depth=4).default_name() == "mnist-dense-4x128-4ed921"
+    old = {**PRESETS["port-mnist"], "model": "conv", "width": 8}
+    assert Settings(**old).default_name() == "mnist-conv-500x8-a8aa09"
+    assert Settings(depth=4, norm="layer").default_name() != "mnist-dense-4x128-4ed921"
+
+
 # The command
 
 
@@ -338,7 +637,7 @@ def test_results_of_a_run(run, tmp_path):
     files = {str(path.relative_to(folder)) for path in folder.rglob("*.*")}
     of_a_net = "checkpoint.npz entropy.csv history.csv history.json model.weights.h5"
     assert files == {
-        *(f"{plot}.png" for plot in results.PLOTS),
+        *(f"{plot}.png" for plot in [*Classification().curves, "entropy"]),
         *(f"{net}/{name}" for net in results.NETS for name in of_a_net.split()),
         "config.json",
         "summary.json",
@@ -374,7 +673,8 @@ def test_weights_are_the_trained_ones(run, npz, tmp_path):
     )
     patterns = data.load(str(npz))
     net = nets.build(settings, patterns.shape, 3, lbe=True)
-    initial = nets.entropies(net, patterns.x_test)
+    entropies = nets.entropies(net, patterns.x_test)
+    initial = entropies()
     net.load_weights(folder / "model.weights.h5")
     logits = net.predict(patterns.x_test, verbose=0)
     accuracy = np.mean(logits.argmax(axis=1) == patterns.y_test)
@@ -383,8 +683,7 @@ def test_weights_are_the_trained_ones(run, npz, tmp_path):
     with (folder / "entropy.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["before"]) for row in rows] == initial
-    after = nets.entropies(net, patterns.x_test)
-    assert [float(row["after"]) for row in rows] == after
+    assert [float(row["after"]) for row in rows] == entropies()
 
 
 def test_finished_run_is_kept(run, tmp_path, monkeypatch):
@@ -449,6 +748,11 @@ RESUMED = {
     "adamw": "--lbe --optimizer adamw --native never --steps-per-execution 2",
     "float16": "--lbe --dtype mixed_float16",
     "conv": "--lbe --model conv",
+    "residual": "--lbe --model residual --norm batch",
+    "residual_conv": "--no-lbe --model residual_conv --depth 3 --norm layer",
+    "autoencoder": "--lbe --model autoencoder --steps-per-execution 2",
+    "vae": "--lbe --model vae --latent 3 --steps-per-execution 2",
+    "transformer": "--lbe --model transformer --data text --context 16 --norm layer",
 }
 
 

@@ -69,7 +69,7 @@ def alone(npz, tmp_path_factory):
         if more not in made:
             folder = tmp_path_factory.mktemp("alone") / "run"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(plots, "draw", lambda folder, chance: None)
+                patch.setattr(plots, "draw", lambda *arguments: None)
                 patch.delenv("TF_CONFIG", raising=False)
                 assert command.main(words(npz, folder, *more)) == 0
             made[more] = folder

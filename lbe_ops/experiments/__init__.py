@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deep plain networks with and without LBE: data, nets, training, plots, command."""
+"""Deep networks with and without LBE: data, nets, training, plots, command."""
 
 from lbe_ops.experiments.command import add_arguments, run
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m lbe_ops.experiments`: deep plain nets with and without LBE."""
+"""`python -m lbe_ops.experiments`: deep nets with and without LBE."""
 
 import sys
 

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import pathlib
 import platform
@@ -27,16 +28,18 @@ from lbe_ops.experiments import settings as settings_module
 from lbe_ops.experiments.errors import ExperimentError, WorkerLostError
 from lbe_ops.experiments.results import NETS, RunFolder, write_json
 from lbe_ops.experiments.settings import PRESETS, Settings, stem
+from lbe_ops.experiments.tasks import Classification, Reconstruction, task_of
 
 DESCRIPTION = """\
-Trains a deep plain network (no normalization, no shortcuts) with and without LBE and
-compares them: configuration, history, weights and plots go to a folder. The same
-command continues an interrupted run, to the same numbers. Without arguments: the
-preset `mnist`, 500 layers, some 10 minutes for each net on two cores. `--preset demo`
-takes a few minutes and downloads nothing. `--devices 2` trains on two GPUs of this
-machine (without any, on two devices made of its CPU), and the same command on every
-worker that the environment variable TF_CONFIG names on several machines, both with the
-numbers of one device, to rounding.
+Trains a deep network (a plain one, without normalization and shortcuts, unless
+--model and --norm say otherwise) with and without LBE and compares them:
+configuration, history, weights and plots go to a folder. The same command continues
+an interrupted run, to the same numbers. Without arguments: the preset `mnist`, 500
+layers, some 10 minutes for each net on two cores. The presets `demo`, `vae` and
+`transformer` take a few minutes and download nothing. `--devices 2` trains on two
+GPUs of this machine (without any, on two devices made of its CPU), and the same
+command on every worker that the environment variable TF_CONFIG names on several
+machines, both with the numbers of one device, to rounding.
 """
 
 
@@ -227,8 +230,9 @@ def _run(arguments: argparse.Namespace) -> None:
             )
             print(f"{title}: {time.perf_counter() - started:.0f} s", flush=True)
         if cluster.chief:
-            plots.draw(folder, data.chance)
-            _summarize(folder, data.chance)
+            task = task_of(settings)
+            plots.draw(folder, task.chance(data), task)
+            _summarize(folder, task.chance(data), task)
         distribution.wait_for_all(strategy, cluster)
 
 
@@ -268,7 +272,7 @@ def _prepare(
     if folder is None:
         name = given["name"] or settings.default_name()
         folder = RunFolder(pathlib.Path(given["output"] or f"results/{name}"))
-    data = data_module.load(settings.data, settings.scaling)
+    data = data_module.load(settings.data, settings.scaling, settings.context)
     with lbe_ops.use_native(settings_module.NATIVE_MODES[settings.native]):
         try:
             op = "native" if lbe_ops.native.select() else "plain TensorFlow"
@@ -357,12 +361,14 @@ def _environment(op: str) -> dict[str, Any]:
     }
 
 
-def _summarize(folder: RunFolder, chance: float) -> None:
+def _summarize(
+    folder: RunFolder, chance: float, task: Classification | Reconstruction
+) -> None:
     """Writes summary.json and prints it as a table."""
     from rich.console import Console
     from rich.table import Table
 
-    figures = {net: _figures(folder.net(net).history()) for net in NETS}
+    figures = {net: _figures(folder.net(net).history(), task) for net in NETS}
     figures = {net: values for net, values in figures.items() if values}
     write_json(folder.path / "summary.json", {"chance": chance, **figures})
     table = Table("", *(net.replace("_lbe", " LBE") for net in figures))
@@ -372,27 +378,31 @@ def _summarize(folder: RunFolder, chance: float) -> None:
             key.replace("_", " ").replace("val ", "validation "),
             *("" if cell is None else f"{cell:.4g}" for cell in cells),
         )
-    table.caption = f"validation accuracy by chance: {chance:.3f}"
+    table.caption = f"{task.by_chance}: {chance:.3f}"
     Console().print(table)
     print(f"results, weights and plots: {folder.path}")
 
 
-def _figures(rows: list[dict[str, float]]) -> dict[str, float]:
+def _figures(
+    rows: list[dict[str, float]], task: Classification | Reconstruction
+) -> dict[str, float]:
     """The final figures of a history; empty for a net that was not trained."""
     if not rows:
         return {}
-    names = ("accuracy", "ce", "lbe", "max_lbe")
+    names = (task.score, "kl", "ce", "lbe", "max_lbe")
     final = {
         key: rows[-1][key]
         for name in names
         for key in (name, f"val_{name}")
         if key in rows[-1]
     }
-    best = max(rows, key=lambda row: row["val_accuracy"])
+    score = f"val_{task.score}"
+    known = [row for row in rows if not math.isnan(row[score])] or rows
+    best = task.best(known, key=lambda row: row[score])
     return {
         "epochs": len(rows),
         **final,
-        "best_val_accuracy": best["val_accuracy"],
+        f"best_{score}": best[score],
         "best_epoch": best["epoch"],
         "seconds": round(sum(row["seconds"] for row in rows), 1),
     }

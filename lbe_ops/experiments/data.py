@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets of labelled images: bundled, downloaded by Keras, or a local .npz."""
+"""Data sets: images that are bundled, downloaded or a local .npz; and text."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import zipfile
 import zlib
@@ -13,9 +14,21 @@ import keras
 import numpy as np
 
 from lbe_ops.experiments.errors import ExperimentError
+from lbe_ops.experiments.settings import TEXT
 
 DOWNLOADED = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 KEYS = ("x_train", "y_train", "x_test", "y_test")
+# Modules of Python's library which are one file of more than so many characters from
+# 3.10 to 3.13; the last tenth of what is taken of each is for validation.
+SOURCES = (
+    *("argparse", "ast", "calendar", "configparser", "dataclasses", "difflib"),
+    *("doctest", "functools", "imaplib", "inspect", "ipaddress", "mailbox"),
+    *("optparse", "pdb", "pickle", "platform", "plistlib", "pydoc", "random"),
+    *("shutil", "smtplib", "socket", "statistics", "subprocess", "tarfile"),
+    *("tempfile", "threading", "traceback", "typing", "uuid"),
+)
+SOURCE_LENGTH = 20_000
+CHARACTERS = 128  # those of ASCII; all others count as "?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +36,10 @@ class Data:
     """A training and a test (validation) set.
 
     Attributes:
-        x_train, x_test: float32 `[n, height, width, channels]` or `[n, features]`.
-        y_train, y_test: int32 labels in `[0, classes)`.
+        x_train, x_test: float32 `[n, height, width, channels]` or `[n, features]`; of
+            text, int32 `[n, context]`, characters in `[0, classes)`.
+        y_train, y_test: int32 labels in `[0, classes)`, `[n]`; of text `[n, context]`,
+            for each character the next one.
         classes: the number of classes.
     """
 
@@ -42,7 +57,7 @@ class Data:
     @property
     def chance(self) -> float:
         """Test accuracy of always answering the class most frequent there."""
-        return float(np.bincount(self.y_test).max() / len(self.y_test))
+        return float(np.bincount(self.y_test.ravel()).max() / self.y_test.size)
 
     def describe(self) -> dict[str, Any]:
         """Sizes and a checksum, by which a resumed run knows its data."""
@@ -58,19 +73,24 @@ class Data:
         }
 
 
-def load(name: str, scaling: str = "unit") -> Data:
+def load(name: str, scaling: str = "unit", context: int = 64) -> Data:
     """Loads a data set and scales its values to [0, 1] or [-1, 1].
 
     Args:
         name: `digits` (scikit-learn's, offline; a fixed stratified split, 80 % for
             training), `mnist`, `fashion_mnist`, `cifar10` or `cifar100` (downloaded
             by Keras), or the path of an `.npz` with `x_train`, `y_train`, `x_test`,
-            `y_test`: uint8, or floating point in [0, 1].
-        scaling: `unit` or `symmetric`.
+            `y_test`: uint8, or floating point in [0, 1]; or `text`, the beginnings of
+            30 modules of the library of the Python that runs (another version of it
+            has other text, and another checksum).
+        scaling: `unit` or `symmetric`; text has no values to scale.
+        context: the length of a sample of text.
 
     Raises:
         ExperimentError: data that cannot be read or do not fit.
     """
+    if name == TEXT:
+        return _text(context)
     if name == "digits":
         arrays = _digits()
     elif name in DOWNLOADED:
@@ -78,11 +98,44 @@ def load(name: str, scaling: str = "unit") -> Data:
     elif name.endswith(".npz"):
         arrays = _read(pathlib.Path(name))
     else:
-        known = ", ".join(("digits", *DOWNLOADED))
+        known = ", ".join(("digits", *DOWNLOADED, TEXT))
         raise ExperimentError(
             f"--data must be one of {known} or the path of an .npz. Received: {name}"
         )
     return _checked(name, arrays, scaling)
+
+
+def _text(context: int) -> Data:
+    validation = SOURCE_LENGTH // 10
+    if context >= validation:
+        raise ExperimentError(
+            f"--context must be less than {validation}. Received: {context}"
+        )
+    parts: dict[str, list[np.ndarray]] = {"train": [], "test": []}
+    for name in SOURCES:
+        path = pathlib.Path(os.__file__).with_name(f"{name}.py")
+        try:
+            source = path.read_text("utf-8")[:SOURCE_LENGTH]
+        except (OSError, UnicodeError) as error:
+            raise ExperimentError(
+                f"--data text needs the sources of Python's library: {error}"
+            ) from error
+        codes = np.frombuffer(source.encode("ascii", "replace"), np.uint8)
+        for part, piece in zip(
+            ("train", "test"), np.split(codes, [len(codes) - validation]), strict=True
+        ):
+            # Each sample begins with what the one before had to tell at last.
+            starts = np.arange(0, len(piece) - context, context)
+            parts[part].append(piece[starts[:, None] + np.arange(context + 1)])
+    arrays = {key: np.concatenate(x).astype(np.int32) for key, x in parts.items()}
+    x, y = (
+        {
+            key: np.ascontiguousarray(rows[:, first : first + context])
+            for key, rows in arrays.items()
+        }
+        for first in (0, 1)
+    )
+    return Data(x["train"], y["train"], x["test"], y["test"], classes=CHARACTERS)
 
 
 def _digits() -> dict[str, np.ndarray]:

@@ -1,22 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deep plain networks, dense and convolutional, with and without LBE."""
+"""The nets, with and without LBE: plain, residual, autoencoders, a transformer.
+
+All are made of the same hidden layers, `hidden_1` and so on: weights, normalization,
+the activation, and LBE on what comes out of that.
+
+- `dense`, `conv`: one hidden layer after the other, then logits. Dense nets flatten
+  their input; convolutional ones pad to the same size and take the maximum over all
+  positions at the end.
+- `residual`, `residual_conv`: the same with shortcuts. From the third on, every second
+  hidden layer adds, before its activation, the output of the second one before it
+  (blocks as in He et al., arXiv 1512.03385).
+- `autoencoder`, `vae`: one half of the hidden layers, `latent` linear units, the other
+  half, and linear outputs. The vae (Kingma & Welling, arXiv 1312.6114) has a mean and
+  a variance for each of the latent units, of which its second input makes a sample.
+- `transformer`: blocks of causal attention and of one hidden layer, each in a branch
+  whose output is added to its input; logits for each next character.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-import lbe_ops
+from lbe_ops.callbacks import BatchEntropyLogger
 from lbe_ops.experiments import settings as settings_module
 from lbe_ops.experiments.errors import ExperimentError
 from lbe_ops.experiments.settings import Settings
 from lbe_ops.initializers import LooksLinear
+from lbe_ops.experiments.tasks import task_of
 from lbe_ops.layers import Conv2D_LBE, Dense_LBE
 from lbe_ops.model import LBEModel
 from lbe_ops.regularizer import LBERegularizer
+
+HIDDEN = "hidden_"
 
 
 def build(
@@ -26,11 +48,10 @@ def build(
     lbe: bool,
     spread: bool = False,
 ) -> keras.Model:
-    """A compiled net: `depth` equal hidden layers, then logits.
+    """A compiled net of `depth` hidden layers.
 
-    Dense nets flatten their input; convolutional ones pad to the same size and take
-    the maximum over all positions at the end. The initial weights depend on the
-    settings alone: they are the same with and without LBE.
+    The initial weights depend on the settings alone: they are the same with and
+    without LBE.
 
     Args:
         settings: what to build.
@@ -46,44 +67,29 @@ def build(
         ExperimentError: a convolutional net for samples that are no images.
         Exception: that of Keras, for names that do not fit; `check` finds them.
     """
-    if settings.model == "conv" and len(shape) != 3:
+    if settings.model in CONVOLUTIONAL and len(shape) != 3:
         raise ExperimentError(
-            f"--model conv needs images. Received: samples of shape {list(shape)}"
+            f"--model {settings.model} needs images. "
+            f"Received: samples of shape {list(shape)}"
         )
-    seeds = np.random.default_rng(settings.seed).integers(
-        2**31, size=settings.depth + 1
-    )
-    inputs = keras.Input(shape)
-    first = keras.layers.Flatten if settings.model == "dense" else keras.layers.Identity
-    regularizer = _regularizer(settings) if lbe and settings.lbe_input else None
-    x = first(activity_regularizer=regularizer, name="input", dtype=settings.dtype)(
-        inputs
-    )
-    for number, seed in enumerate(seeds[:-1], start=1):
-        x = _hidden(settings, lbe, number, int(seed))(x)
-    if settings.model == "conv":
-        x = keras.layers.GlobalMaxPooling2D(dtype=settings.dtype)(x)
-    logits = keras.layers.Dense(
-        classes,
-        kernel_initializer=keras.initializers.GlorotUniform(int(seeds[-1])),
-        name="logits",
-        dtype="float64" if settings.dtype == "float64" else "float32",
-    )(x)
+    body = BODIES.get(settings.model, _plain)
+    inputs, outputs = body(_Layers(settings, lbe, spread), shape, classes)
     if lbe or spread:
         net = LBEModel(
             inputs,
-            logits,
+            outputs,
             LBE_strength=settings.lbe_strength,
             weigh_by_samples=spread,
         )
     else:
-        net = keras.Model(inputs, logits)
+        net = keras.Model(inputs, outputs)
+    task = task_of(settings)
     net.compile(
         optimizer=_optimizer(settings),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        # An instance, not a name: a metric that Keras makes while it traces the
-        # first step makes it trace that step twice.
-        metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+        loss=task.loss(),
+        # Instances, not names: a metric that Keras makes while it traces the first
+        # step makes it trace that step twice.
+        metrics=task.metrics(),
         steps_per_execution=settings.steps_per_execution,
         jit_compile=False,
     )
@@ -102,9 +108,11 @@ def check(settings: Settings, x: np.ndarray, classes: int) -> None:
     Raises:
         ExperimentError: the initializer or the activation do not fit.
     """
-    short = dataclasses.replace(settings, depth=min(settings.depth, 2))
+    short = dataclasses.replace(settings, depth=min(settings.depth, 3))
     try:
-        entropies(build(short, x.shape[1:], classes, lbe=False), x)
+        net = build(short, x.shape[1:], classes, lbe=False)
+        inputs, _ = task_of(settings).pair(x, x, np.random.default_rng(0))
+        net(inputs)
     except (
         ValueError,
         TypeError,
@@ -120,50 +128,216 @@ def check(settings: Settings, x: np.ndarray, classes: int) -> None:
         ) from error
 
 
-def entropies(net: keras.Model, x: np.ndarray) -> list[float]:
-    """The batch entropy of each hidden layer on one batch, from first to last.
+def entropies(net: keras.Model, x: Any) -> Callable[[], list[float]]:
+    """Measures the batch entropy of each hidden layer on one batch, whenever called.
+
+    It is that of a forward pass for inference: batch normalization has the statistics
+    that it gathered in training, before which it changes nothing.
 
     Args:
         net: what `build` made.
-        x: a batch of samples.
+        x: a batch of inputs.
 
     Returns:
-        A value for each hidden layer.
+        A function, which traces the net when it is called first, and returns a value
+        for each hidden layer, from first to last.
     """
-    found = []
-    for layer in net.layers[1:]:
-        # Not layer(x), which would add its activity regularizer to the losses.
-        x = layer.call(keras.ops.cast(x, layer.variable_dtype))
-        if layer.name.startswith("hidden_"):
-            found.append(float(lbe_ops.batch_entropy(x)))
-    return found
+    logger = BatchEntropyLogger(x, lambda layer: layer.name.startswith(HIDDEN))
+    logger.set_model(net)
+    return lambda: logger.measure().tolist()
 
 
-def _regularizer(settings: Settings) -> keras.layers.Layer:
-    return LBERegularizer(settings.lbe_alpha, settings.lbe_alpha_min, settings.lbe_beta)
+class _Layers:
+    """Makes the layers of one net and calls them: their names, seeds and LBE."""
 
+    def __init__(self, settings: Settings, lbe: bool, spread: bool) -> None:
+        self.settings = settings
+        self.lbe = lbe
+        self.spread = spread
+        self.count = 0  # of hidden layers
+        self.norms = 0
+        self._generator = np.random.default_rng(settings.seed)
 
-def _hidden(
-    settings: Settings, lbe: bool, number: int, seed: int
-) -> keras.layers.Layer:
-    arguments = {
-        "activation": settings.activation,
-        "kernel_initializer": _initializer(settings.initializer, number, seed),
-        "name": f"hidden_{number}",
-        "dtype": settings.dtype,
-    }
-    if lbe:
-        dense, conv = Dense_LBE, Conv2D_LBE
-        arguments |= {
-            "LBE_alpha": settings.lbe_alpha,
-            "LBE_alpha_min": settings.lbe_alpha_min,
-            "LBE_beta": settings.lbe_beta,
+    def seed(self) -> int:
+        """Another one for each layer with weights."""
+        return int(self._generator.integers(2**31))
+
+    def regularizer(self) -> LBERegularizer | None:
+        """One for a layer, in a net with LBE."""
+        s = self.settings
+        if not self.lbe:
+            return None
+        return LBERegularizer(s.lbe_alpha, s.lbe_alpha_min, s.lbe_beta)
+
+    def input(self, layer: type[keras.layers.Layer], *args: Any, **kwargs: Any) -> Any:
+        """The first layer, with LBE if that is asked for."""
+        regularizer = self.regularizer() if self.settings.lbe_input else None
+        kwargs |= {"activity_regularizer": regularizer, "dtype": self.settings.dtype}
+        return layer(*args, name="input", **kwargs)
+
+    def hidden(
+        self,
+        x: Any,
+        *,
+        units: int | None = None,
+        pairs: bool = True,
+        norm: str | None = None,
+        shortcut: Any = None,
+    ) -> Any:
+        """The next hidden layer.
+
+        Args:
+            x: its input.
+            units: its units or filters; None for the width.
+            pairs: whether its input is a hidden layer, as of the second on.
+            norm: its normalization; None for that of the settings.
+            shortcut: what is added before the activation, if anything.
+        """
+        self.count += 1
+        s = self.settings
+        number, norm = self.count, s.norm if norm is None else norm
+        arguments = {
+            "kernel_initializer": _initializer(
+                s.initializer, number if pairs else 1, self.seed()
+            ),
+            "dtype": s.dtype,
         }
-    else:
+        last = {
+            "activation": s.activation,
+            "activity_regularizer": self.regularizer(),
+            "name": f"{HIDDEN}{number}",
+        }
+        in_one = norm == "none" and shortcut is None
+        arguments |= last if in_one else {"name": f"weights_{number}"}
         dense, conv = keras.layers.Dense, keras.layers.Conv2D
-    if settings.model == "dense":
-        return dense(settings.width, **arguments)
-    return conv(settings.width, settings.kernel_size, padding="same", **arguments)
+        if in_one and self.lbe:
+            dense, conv = Dense_LBE, Conv2D_LBE
+        if s.model in CONVOLUTIONAL:
+            layer = conv(s.width, s.kernel_size, padding="same", **arguments)
+        else:
+            layer = dense(units or s.width, **arguments)
+        x = layer(x)
+        if in_one:
+            return x
+        x = self.norm(x, norm)
+        if shortcut is not None:
+            x = keras.layers.Add(dtype=s.dtype)([x, shortcut])
+        return keras.layers.Activation(**last, dtype=s.dtype)(x)
+
+    def norm(self, x: Any, kind: str) -> Any:
+        """Normalization of that kind, if it is one."""
+        arguments = {"name": f"norm_{self.norms + 1}", "dtype": self.settings.dtype}
+        if kind == "batch":
+            # Its statistics follow the net within tens of steps, not hundreds.
+            layer = keras.layers.BatchNormalization(
+                momentum=0.9, synchronized=self.spread, **arguments
+            )
+        elif kind == "layer":
+            layer = keras.layers.LayerNormalization(**arguments)
+        else:
+            return x
+        self.norms += 1
+        return layer(x)
+
+    def linear(self, x: Any, units: int, name: str, dtype: str = "") -> Any:
+        """A dense layer that is not hidden; its dtype is the one for outputs."""
+        wide = "float64" if self.settings.dtype == "float64" else "float32"
+        return keras.layers.Dense(
+            units,
+            kernel_initializer=keras.initializers.GlorotUniform(self.seed()),
+            name=name,
+            dtype=dtype or wide,
+        )(x)
+
+
+def _plain(layers: _Layers, shape: tuple[int, ...], classes: int) -> tuple[Any, Any]:
+    model = layers.settings.model
+    conv, residual = model in CONVOLUTIONAL, model.startswith("residual")
+    inputs = keras.Input(shape)
+    first = keras.layers.Identity if conv else keras.layers.Flatten
+    x = layers.input(first)(inputs)
+    outputs = []
+    for number in range(1, layers.settings.depth + 1):
+        adds = residual and number > 1 and number % 2
+        x = layers.hidden(x, shortcut=outputs[-2] if adds else None)
+        outputs.append(x)
+    if conv:
+        x = keras.layers.GlobalMaxPooling2D(dtype=layers.settings.dtype)(x)
+    return inputs, layers.linear(x, classes, "logits")
+
+
+def _autoencoder(
+    layers: _Layers, shape: tuple[int, ...], classes: int
+) -> tuple[Any, Any]:
+    s = layers.settings
+    inputs = keras.Input(shape)
+    x = layers.input(keras.layers.Flatten)(inputs)
+    encoder = s.depth // 2
+    for _ in range(encoder):
+        x = layers.hidden(x)
+    if s.model == "autoencoder":
+        x = layers.linear(x, s.latent, "latent")
+    else:
+        noise = keras.Input((s.latent,))
+        inputs = [inputs, noise]
+        x = layers.linear(x, 2 * s.latent, "latent")
+        mean, log_variance = keras.ops.split(x, 2, axis=-1)
+        variance = keras.ops.exp(log_variance)
+        x = mean + keras.ops.sqrt(variance) * noise
+        divergence = keras.ops.square(mean) + variance - log_variance - 1
+        divergence = keras.ops.sum(divergence, axis=-1, keepdims=True) / 2
+    for number in range(s.depth - encoder):
+        x = layers.hidden(x, pairs=number > 0)
+    outputs = layers.linear(x, math.prod(shape), "reconstruction")
+    if s.model == "vae":
+        outputs = keras.ops.concatenate([outputs, divergence], axis=-1)
+    return inputs, outputs
+
+
+def _transformer(
+    layers: _Layers, shape: tuple[int, ...], classes: int
+) -> tuple[Any, Any]:
+    s = layers.settings
+    before = "layer" if s.norm == "layer" else "none"
+    after = "layer" if s.norm == "post_layer" else "none"
+
+    def attention(x: Any) -> Any:
+        name = f"attention_{layers.count + 1}"
+        x = layers.linear(x, 3 * s.width, f"{name}_in", s.dtype)
+        x = keras.layers.Reshape((*shape, 3, s.heads, s.width // s.heads))(x)
+        x = keras.ops.dot_product_attention(
+            *keras.ops.unstack(x, 3, axis=2), is_causal=True
+        )
+        x = keras.layers.Reshape((*shape, s.width))(x)
+        return layers.linear(x, s.width, f"{name}_out", s.dtype)
+
+    def perceptron(x: Any) -> Any:
+        x = layers.hidden(x, units=4 * s.width, pairs=False, norm="none")
+        return layers.linear(x, s.width, f"perceptron_{layers.count}_out", s.dtype)
+
+    inputs = keras.Input(shape, dtype="int32")
+    # An embedding of characters and one of positions, whose sum has unit variance.
+    normal = [keras.initializers.RandomNormal(0, 0.5**0.5, layers.seed()) for _ in "12"]
+    x = layers.input(
+        keras.layers.EinsumDense,
+        "btc,cd->btd",
+        (*shape, s.width),
+        bias_axes="td",
+        kernel_initializer=normal[0],
+        bias_initializer=normal[1],
+    )(keras.ops.one_hot(inputs, classes))
+    for _ in range(s.depth):
+        for branch in (attention, perceptron):
+            x = layers.norm(x + branch(layers.norm(x, before)), after)
+    return inputs, layers.linear(layers.norm(x, before), classes, "logits")
+
+
+CONVOLUTIONAL = ("conv", "residual_conv")
+BODIES = {
+    "autoencoder": _autoencoder,
+    "vae": _autoencoder,
+    "transformer": _transformer,
+}
 
 
 def _initializer(name: str, number: int, seed: int) -> keras.initializers.Initializer:

@@ -8,28 +8,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lbe_ops.experiments.results import NETS, RunFolder, replacing
+from lbe_ops.experiments.tasks import Classification, Reconstruction
 
 COLOURS = {"with_lbe": "tab:blue", "without_lbe": "tab:orange"}
-CURVES = {
-    "accuracies": ("accuracy", "Accuracy", "accuracy"),
-    "crossentropy": ("ce", "Cross-entropy", "cross-entropy [nats]"),
-    "LBE_loss": ("lbe", "Mean LBE over the layers", "mean LBE"),
-    "Max_LBE_loss": ("max_lbe", "Maximal LBE of a layer", "maximal LBE"),
-}
 
 
-def draw(folder: RunFolder, chance: float) -> None:
+def draw(
+    folder: RunFolder, chance: float, task: Classification | Reconstruction
+) -> None:
     """Draws what the folder holds, training and validation on the same axes.
 
     Args:
         folder: the run; the plots go there.
-        chance: the accuracy by chance, for a line to compare with.
+        chance: the score by chance, for a line to compare with.
+        task: what the nets learn; it says what is drawn.
 
     Raises:
         OSError: a file cannot be read or written.
     """
     histories = {net: folder.net(net).history() for net in NETS}
-    for name, (key, title, label) in CURVES.items():
+    for name, (key, title, label) in task.curves.items():
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         for net, rows in histories.items():
@@ -42,9 +40,9 @@ def draw(folder: RunFolder, chance: float) -> None:
                         color=COLOURS[net],
                         label=_label(net, "validation" if prefix else "training"),
                     )
-        if key == "accuracy":
+        if key == task.score:
             axes.axhline(chance, color="grey", linewidth=0.8, linestyle=":")
-            axes.set_ylim(0, 1)
+            axes.set_ylim(task.limits)
         if key in ("lbe", "max_lbe"):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))

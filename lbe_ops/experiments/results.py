@@ -31,7 +31,10 @@ from lbe_ops.experiments.errors import ExperimentError
 from lbe_ops.experiments.settings import Settings
 
 NETS = {"without_lbe": False, "with_lbe": True}
-PLOTS = ("accuracies", "crossentropy", "LBE_loss", "Max_LBE_loss", "entropy")
+PLOTS = (
+    *("accuracies", "crossentropy", "reconstruction", "loss"),
+    *("LBE_loss", "Max_LBE_loss", "entropy"),
+)
 NET_FILES = (
     "checkpoint.npz",
     "history.csv",

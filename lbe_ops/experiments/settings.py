@@ -15,7 +15,12 @@ import keras
 
 from lbe_ops.experiments.errors import ExperimentError
 
-MODELS = ("dense", "conv")
+MODELS = (
+    *("dense", "conv", "residual", "residual_conv"),
+    *("autoencoder", "vae", "transformer"),
+)
+NORMS = ("none", "batch", "layer", "post_layer")
+TEXT = "text"  # see data.py
 SCALINGS = ("unit", "symmetric")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "decay", "cosine")
@@ -25,7 +30,11 @@ DTYPES = ("float32", "float64", "mixed_float16", "mixed_bfloat16")
 
 
 def _setting(
-    default: Any, help: str = "", choices: Sequence[str] = (), group: str = ""
+    default: Any,
+    help: str = "",
+    choices: Sequence[str] = (),
+    group: str = "",
+    added: bool = False,
 ) -> Any:
     """A field of `Settings` and what the command line says of it.
 
@@ -35,8 +44,10 @@ def _setting(
         choices: all that it may be; empty where the values cannot be listed.
         group: title of the group of arguments that begins with this one; empty where
             the group of the field before goes on.
+        added: whether there are runs from before this setting; its default is what
+            they did, and no part of the names that were given to them.
     """
-    metadata = {"help": help, "choices": choices, "group": group}
+    metadata = {"help": help, "choices": choices, "group": group, "added": added}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -49,15 +60,39 @@ class Settings:
 
     data: str = _setting(
         "mnist",
-        "mnist, digits (offline), fashion_mnist, cifar10, cifar100, or an .npz with "
-        "x_train, y_train, x_test, y_test",
+        "mnist, digits (offline), fashion_mnist, cifar10, cifar100, an .npz with "
+        "x_train, y_train, x_test, y_test, or text (sources of Python's library, "
+        "offline; for the transformer)",
         group="data",
     )
     scaling: str = _setting("unit", "values in [0, 1] or in [-1, 1]", SCALINGS)
 
-    model: str = _setting("dense", "kind of hidden layers", MODELS, group="network")
-    depth: int = _setting(500, "hidden layers")
-    width: int = _setting(128, "units or filters of each")
+    context: int = _setting(64, "characters of a sample of text", added=True)
+
+    model: str = _setting("dense", "kind of net", MODELS, group="network")
+    depth: int = _setting(
+        500, "hidden layers; of a transformer blocks, which have one each"
+    )
+    width: int = _setting(
+        128,
+        "units or filters of each; of a transformer those between the blocks (its "
+        "hidden layers have four times as many)",
+    )
+    norm: str = _setting(
+        "none",
+        "normalization before each activation; in a transformer layer is that at the "
+        "start of its branches (pre-LN), post_layer that after their sums (post-LN)",
+        NORMS,
+        added=True,
+    )
+    latent: int = _setting(10, "units between encoder and decoder", added=True)
+    kl_weight: float = _setting(
+        1.0,
+        "of a vae: factor of the divergence, beside the squared error summed over the "
+        "values of a sample",
+        added=True,
+    )
+    heads: int = _setting(4, "of each attention of a transformer", added=True)
     kernel_size: int = _setting(3, "of convolutions")
     activation: str = _setting("relu", "any of Keras")
     initializer: str = _setting(
@@ -73,7 +108,9 @@ class Settings:
     lbe_strength: float = _setting(
         0.003, "factor of the mean LBE; not divided by the batch size"
     )
-    lbe_input: bool = _setting(False, "LBE on the (flattened) input as well")
+    lbe_input: bool = _setting(
+        False, "LBE on the (flattened or embedded) input as well"
+    )
     native: str = _setting("auto", "use of the compiled op", tuple(NATIVE_MODES))
 
     optimizer: str = _setting("adam", choices=OPTIMIZERS, group="optimization")
@@ -104,7 +141,10 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width", "kernel_size", "epochs", "steps_per_execution"):
+        for name in (
+            *("depth", "width", "kernel_size", "epochs", "steps_per_execution"),
+            *("context", "latent", "heads"),
+        ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("reduce_lr_patience", self.reduce_lr_patience >= 1, "at least 1")
         self._require("batch_size", self.batch_size >= 2, "at least 2 for an entropy")
@@ -128,9 +168,13 @@ class Settings:
         if self.reduce_lr and self.schedule != "constant":
             raise ExperimentError("--reduce-lr needs --schedule constant")
         choices = {f.name: f.metadata["choices"] for f in dataclasses.fields(self)}
-        for name in ("scaling", "model", "optimizer", "schedule", "native", "dtype"):
+        for name in (
+            *("scaling", "model", "norm"),
+            *("optimizer", "schedule", "native", "dtype"),
+        ):
             value, known = getattr(self, name), choices[name]
             self._require(name, value in known, f"one of {', '.join(known)}")
+        self._check_transformer()
         for name, get, example in (
             ("activation", keras.activations.get, "relu"),
             ("initializer", keras.initializers.get, "he_normal"),
@@ -142,6 +186,19 @@ class Settings:
                 get(value)
             except (ValueError, TypeError, KeyError):
                 self._require(name, False, f"one that Keras knows, such as {example}")
+
+    def _check_transformer(self) -> None:
+        transformer = self.model == "transformer"
+        if transformer != (self.data == TEXT):
+            raise ExperimentError(
+                "--model transformer needs --data text, and --data text that model. "
+                f"Received: --model {self.model} --data {self.data}"
+            )
+        if transformer:
+            self._require("norm", self.norm != "batch", "none, layer or post_layer")
+            self._require("heads", self.width % self.heads == 0, "a divisor of --width")
+        else:
+            self._require("norm", self.norm != "post_layer", "none, batch or layer")
 
     def _require(self, name: str, fulfilled: bool, what: str) -> None:
         if not fulfilled:
@@ -176,7 +233,17 @@ class Settings:
         for preset, values in PRESETS.items():
             if self.identity() == Settings(**values).identity():
                 return preset
-        text = json.dumps(self.identity(), sort_keys=True)
+        added = {
+            field.name: field.default
+            for field in dataclasses.fields(self)
+            if field.metadata["added"]
+        }
+        named = {
+            name: value
+            for name, value in self.identity().items()
+            if name not in added or value != added[name]
+        }
+        text = json.dumps(named, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:6]
         size = f"{self.model}-{self.depth}x{self.width}"
         return f"{stem(self.data)}-{size}-{digest}"
@@ -200,6 +267,29 @@ PRESETS: dict[str, dict[str, Any]] = {
         "schedule": "decay",
         "batch_size": 128,
         "epochs": 150,
+    },
+    # Some minutes each, and no download.
+    "vae": {
+        "data": "digits",
+        "model": "vae",
+        "depth": 20,
+        "width": 64,
+        "initializer": "glorot_uniform",
+        "learning_rate": 1e-3,
+        "batch_size": 128,
+        "epochs": 60,
+    },
+    "transformer": {
+        "data": "text",
+        "model": "transformer",
+        "norm": "layer",
+        "depth": 4,
+        "width": 64,
+        "initializer": "he_normal",
+        "activation": "gelu",
+        "learning_rate": 2e-3,
+        "batch_size": 64,
+        "epochs": 5,
     },
     # The TensorFlow port's own setting. Keras 2 divided its strength of 1.5 by the
     # batch size.

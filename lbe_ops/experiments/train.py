@@ -16,6 +16,7 @@ from lbe_ops.experiments import nets
 from lbe_ops.experiments.data import Data
 from lbe_ops.experiments.results import NetFolder, Progress
 from lbe_ops.experiments.settings import Settings
+from lbe_ops.experiments.tasks import task_of
 from lbe_ops.model import LossLogs
 
 # Measured on 2 cores; only for telling the user how long to wait.
@@ -58,8 +59,16 @@ def train(
     spread = strategy is not None
     with strategy.scope() if spread else contextlib.nullcontext():
         net = nets.build(settings, data.shape, data.classes, lbe, spread)
-    sample = data.x_test[: settings.batch_size]
-    before = nets.entropies(net, sample)
+    task = task_of(settings)
+    # An epoch has the seeds (seed, epoch), which NumPy completes with zeros.
+    validation = task.pair(
+        data.x_test, data.y_test, np.random.default_rng((settings.seed, 0, 1))
+    )
+    sample = keras.tree.map_structure(
+        lambda array: array[: settings.batch_size], validation[0]
+    )
+    entropies = nets.entropies(net, sample)
+    before = entropies()
     progress = folder.restore(net) if resume else Progress()
     plateau = _plateau(settings, net, progress)
     first = len(progress.rows)
@@ -77,15 +86,13 @@ def train(
         if settings.schedule in SCHEDULES:
             factor = SCHEDULES[settings.schedule](epoch / settings.epochs)
             net.optimizer.learning_rate = settings.learning_rate * factor
-        order = np.random.default_rng((settings.seed, epoch)).permutation(
-            len(data.x_train)
-        )
+        generator = np.random.default_rng((settings.seed, epoch))
+        order = generator.permutation(len(data.x_train))
         history = net.fit(
-            data.x_train[order],
-            data.y_train[order],
+            *task.pair(data.x_train[order], data.y_train[order], generator),
             batch_size=settings.batch_size,
             shuffle=False,
-            validation_data=(data.x_test, data.y_test),
+            validation_data=validation,
             verbose=0,
             callbacks=[callback],
         ).history
@@ -103,10 +110,10 @@ def train(
         progress.rows.append({"epoch": epoch + 1, **logs})
         if write:
             folder.save(net, progress)
-        say(_line(progress, settings.epochs))
+        say(_line(progress, settings.epochs, task.score))
     if write:
         folder.write_history(progress.rows)
-        folder.finish(net, before, nets.entropies(net, sample))
+        folder.finish(net, before, entropies())
 
 
 class _FirstStep(keras.callbacks.Callback):
@@ -145,18 +152,14 @@ def _plateau(
     return plateau
 
 
-def _line(progress: Progress, epochs: int) -> str:
+def _line(progress: Progress, epochs: int, score: str) -> str:
     row = progress.rows[-1]
     width = len(str(epochs))
     parts = [f"epoch {row['epoch']:{width}}/{epochs}"]
-    for title, key, digits in (
-        ("accuracy", "accuracy", 3),
-        ("ce", "ce", 4),
-        ("lbe", "lbe", 4),
-    ):
+    for key, digits in ((score, 3), ("ce", 4), ("lbe", 4)):
         if key in row:
             training, validation = row[key], row[f"val_{key}"]
-            parts.append(f"{title} {training:.{digits}f}/{validation:.{digits}f}")
+            parts.append(f"{key} {training:.{digits}f}/{validation:.{digits}f}")
     recent = [row["seconds"] for row in progress.rows[-5:]]
     left = (epochs - row["epoch"]) * sorted(recent)[len(recent) // 2]
     parts.append(f"{row['seconds']:.1f} s")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from lbe_ops import experiments, info
+from lbe_ops.experiments import map
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -23,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     train = commands.add_parser("train", help="deep plain nets with and without LBE")
     experiments.add_arguments(train)
     train.set_defaults(run=experiments.run)
+
+    trainability = commands.add_parser("map", help="which nets train, and with what")
+    map.add_arguments(trainability)
+    trainability.set_defaults(run=map.run)
 
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)

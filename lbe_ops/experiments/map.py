@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lbe-ops map`: which deep plain nets train, with and without LBE.
+
+Runs the trials of a block (see `BLOCKS`), appends a line per trial to a CSV file, and
+draws the map. A block that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import itertools
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lbe_ops.experiments.errors import ExperimentError
+from lbe_ops.experiments.results import replacing
+from lbe_ops.experiments.trial import ARMS, Trial
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+DESCRIPTION = """\
+Trains many small nets that differ in activation, initializer, depth, learning rate and
+seed, each with and without LBE from the same weights and on the same batches, and maps
+which of them train. Every process trains on one core. A line per trial goes to
+DIR/BLOCK.csv, tables and pictures beside it. The same command continues after an
+interruption.
+"""
+
+INITIALIZERS = {
+    "relu": ("glorot_uniform", "he_normal", "orthogonal", "lsuv", "looks_linear"),
+    **dict.fromkeys(
+        ("gelu", "tanh", "sigmoid", "linear"),
+        ("glorot_uniform", "he_normal", "orthogonal", "lsuv"),
+    ),
+}
+RATES = (1e-4, 3e-4, 1e-3)
+
+
+def grid(**axes: Any) -> list[Trial]:
+    """Every combination of the values; a single value need not be in a sequence."""
+    values = [
+        (axis,) if isinstance(axis, str | int | float) else tuple(axis)
+        for axis in axes.values()
+    ]
+    return [
+        Trial(**dict(zip(axes, each, strict=True)))
+        for each in itertools.product(*values)
+    ]
+
+
+def _activations(**axes: Any) -> list[Trial]:
+    """The combinations for every activation with its initializers."""
+    return [
+        trial
+        for activation, initializers in INITIALIZERS.items()
+        for trial in grid(activation=activation, initializer=initializers, **axes)
+    ]
+
+
+def _scales(**axes: Any) -> list[Trial]:
+    return grid(
+        activation="relu",
+        initializer="he_normal",
+        gain=(0.5, 0.71, 0.85, 1.0, 1.15, 1.4),
+        **axes,
+    )
+
+
+def _ablations() -> list[Trial]:
+    arms = [name for name in ARMS if name != "lbe_fixed_alpha"]
+    anchors = (("relu", "glorot_uniform"), ("relu", "he_normal"), ("gelu", "he_normal"))
+    return [
+        trial
+        for activation, initializer in anchors
+        for trial in grid(
+            activation=activation,
+            initializer=initializer,
+            depth=100,
+            learning_rate=1e-3,
+            arm=[*arms, "lbe_fixed_alpha"],
+            seed=range(1, 9),
+        )
+    ]
+
+
+BOTH = ("none", "lbe")
+BLOCKS: dict[str, Callable[[], list[Trial]]] = {
+    # Mechanics alone, for tests.
+    "smoke": lambda: grid(
+        activation=("relu", "gelu"),
+        initializer=("glorot_uniform", "lsuv"),
+        depth=(2, 6),
+        width=16,
+        learning_rate=1e-3,
+        arm=BOTH,
+        seed=1,
+        steps=60,
+    ),
+    # What shows without any training.
+    "m0": lambda: _activations(
+        depth=(10, 50, 500), learning_rate=1e-3, arm="none", seed=(1, 2, 3), steps=0
+    ),
+    # Exploration, with a seed that no other block has.
+    "m1_lite": lambda: _activations(
+        depth=(20, 50), learning_rate=1e-3, arm=BOTH, seed=100
+    ),
+    # Nets that everybody can train, to compare with.
+    "shallow": lambda: _activations(
+        depth=3, learning_rate=RATES, arm=BOTH, seed=(1, 2, 3)
+    ),
+    "m1": lambda: _activations(
+        depth=(10, 20, 50, 100), learning_rate=(3e-4, 1e-3), arm=BOTH, seed=(1, 2, 3)
+    ),
+    "m1_500": lambda: _activations(
+        depth=500, learning_rate=(1e-4, 3e-4), arm=BOTH, seed=(1, 2, 3)
+    ),
+    "m2": lambda: _scales(
+        depth=(30, 100, 200), learning_rate=1e-3, arm=BOTH, seed=range(1, 9)
+    ),
+    "m3": _ablations,
+    "m4": lambda: grid(
+        activation="relu",
+        initializer=INITIALIZERS["relu"],
+        depth=100,
+        learning_rate=[10 ** (half / 2) for half in range(-10, -3)],
+        arm=BOTH,
+        seed=range(1, 6),
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `run` to a parser."""
+    parser.description = DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "blocks", nargs="+", choices=BLOCKS, metavar="BLOCK", help=", ".join(BLOCKS)
+    )
+    parser.add_argument("--output", metavar="DIR", default="results/map")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count(), metavar="N", help="at once"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin no trial after that"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only count the trials")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns its exit status as that of `lbe-ops train`."""
+    try:
+        until = time.monotonic() + 60 * arguments.minutes
+        for block in arguments.blocks:
+            _run_block(block, arguments, until)
+    except ExperimentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run_block(block: str, arguments: argparse.Namespace, until: float) -> None:
+    path = pathlib.Path(arguments.output) / f"{block}.csv"
+    trials = BLOCKS[block]()
+    done = {trial for trial, _ in read(path)} if path.exists() else set()
+    missing = [trial for trial in trials if trial not in done]
+    print(f"{block}: {len(trials)} trials, {len(missing)} to run", flush=True)
+    if arguments.dry_run:
+        return
+    total, covered = _cost(missing), 0.0
+    started = shown = time.monotonic()
+    for number, (trial, outcome) in enumerate(
+        _outcomes(chunks(missing, arguments.processes), arguments.processes, until), 1
+    ):
+        _append(path, trial, outcome)
+        covered += trial.cost()
+        if time.monotonic() - shown > 20:
+            shown = time.monotonic()
+            left = (shown - started) * (total / covered - 1)
+            print(
+                f"{block}: {number}/{len(missing)}, {left / 60:.0f} min left",
+                flush=True,
+            )
+    print(f"{block}: {(time.monotonic() - started) / 60:.1f} min", flush=True)
+    _report(block, path)
+
+
+# The axes of a block's table, and of its pictures: vertical, horizontal, each panel.
+CELL = ("activation", "initializer", "depth")
+REPORTS: dict[str, tuple[tuple[str, ...], tuple[str, str, str]]] = {
+    "m2": (("depth", "gain"), ("depth", "gain", "activation")),
+    "m3": (CELL, ("initializer", "arm", "activation")),
+    "m4": ((*CELL, "learning_rate"), ("initializer", "learning_rate", "activation")),
+}
+
+
+def _report(block: str, path: pathlib.Path) -> None:
+    from lbe_ops.experiments import map_report
+
+    rows = read(path)
+    table, picture = REPORTS.get(block, (CELL, ("initializer", "depth", "activation")))
+    with replacing(path.with_suffix(".md")) as temporary:
+        temporary.write_text(map_report.table(rows, table))
+    map_report.draw(rows, path.with_suffix(".png"), *picture)
+
+
+def chunks(trials: Sequence[Trial], processes: int) -> list[list[Trial]]:
+    """What one process runs with one graph; the longest first."""
+    by_graph: dict[tuple[Any, ...], list[Trial]] = {}
+    for trial in trials:
+        by_graph.setdefault(trial.graph(), []).append(trial)
+    # Enough to keep all processes busy to the end, and each for longer than it takes to
+    # start and to build the net.
+    longest = max(60.0, _cost(trials) / (4 * processes))
+    chunks = []
+    for same in by_graph.values():
+        pieces = min(len(same), max(1, round(_cost(same) / longest)))
+        size = -(-len(same) // pieces)
+        chunks += [same[at : at + size] for at in range(0, len(same), size)]
+    return sorted(chunks, key=_cost, reverse=True)
+
+
+def _cost(trials: Sequence[Trial]) -> float:
+    return sum(trial.cost() for trial in trials)
+
+
+def _outcomes(
+    chunks: list[list[Trial]], processes: int, until: float
+) -> Iterator[tuple[Trial, dict[str, Any]]]:
+    """What the trials give, as they end; a new process for every chunk."""
+    context = multiprocessing.get_context("spawn")
+    running: dict[Connection, Any] = {}
+    waiting = list(reversed(chunks))
+    try:
+        while running or (waiting and time.monotonic() < until):
+            while waiting and len(running) < processes and time.monotonic() < until:
+                receiver, sender = context.Pipe(duplex=False)
+                left = until - time.monotonic()
+                process = context.Process(
+                    target=_work, args=(sender, waiting.pop(), left), daemon=True
+                )
+                process.start()
+                sender.close()
+                running[receiver] = process
+            for receiver in multiprocessing.connection.wait(list(running)):
+                try:
+                    yield receiver.recv()
+                except EOFError:
+                    process = running.pop(receiver)
+                    process.join()
+                    if process.exitcode:
+                        raise ExperimentError(
+                            "a process of the map has failed (see above). "
+                            f"Received: exit code {process.exitcode}"
+                        ) from None
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.join()
+
+
+def _work(sender: Connection, trials: list[Trial], seconds: float) -> None:
+    """What a process does: sends `(trial, outcome)` for one trial after the other."""
+    until = time.monotonic() + seconds
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's, which ends this
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    from lbe_ops.experiments.trainer import Trainer
+
+    trainer = Trainer(trials[0])
+    for trial in trials:
+        if time.monotonic() > until:
+            break
+        sender.send((trial, trainer.run(trial)))
+
+
+def read(path: pathlib.Path) -> list[tuple[Trial, dict[str, float]]]:
+    """The trials of a CSV file with their outcomes.
+
+    Raises:
+        ExperimentError: the file cannot be read, or has other columns.
+    """
+    fields = {field.name: field.type for field in dataclasses.fields(Trial)}
+    convert = {"str": str, "int": int, "float": float}
+    rows = []
+    try:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if None in row.values():
+                    continue  # a line that was not written to its end
+                trial = {n: convert[kind](row.pop(n)) for n, kind in fields.items()}
+                rows.append((Trial(**trial), {k: float(v) for k, v in row.items()}))
+    except (OSError, KeyError, ValueError) as error:
+        raise ExperimentError(f"{path} is not a file of this map: {error}") from error
+    return rows
+
+
+def _append(path: pathlib.Path, trial: Trial, outcome: dict[str, float]) -> None:
+    """Adds a line; a file that was cut off in the middle of one is mended before."""
+    row = {**dataclasses.asdict(trial)}
+    row |= {name: f"{value:.6g}" for name, value in outcome.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        lines = path.read_bytes().splitlines(keepends=True)
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"".join(lines[:-1]))
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)

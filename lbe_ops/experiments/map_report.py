@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and pictures of the trainability map, with intervals.
+
+Final values only, never the best of a run. Where a learning rate is chosen, every arm
+chooses its own out of the same, by the mean over the seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from lbe_ops.experiments.results import replacing
+from lbe_ops.experiments.trial import Trial
+
+Rows = Sequence[tuple[Trial, dict[str, float]]]
+
+# Of the block `shallow`: the best mean over seeds of a net of three layers.
+SHALLOW_ACCURACY = {"digits": 0.975}
+TRAINED = 0.9  # the share of that from which on a net counts as trained
+
+
+def trained(trial: Trial, outcome: dict[str, float]) -> bool:
+    """Whether a net has learnt nearly what a shallow one does."""
+    return outcome["val_accuracy"] >= TRAINED * SHALLOW_ACCURACY[trial.data]
+
+
+def wilson(successes: int, count: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of a share."""
+    interval = stats.binomtest(successes, count).proportion_ci(method="wilson")
+    return interval.low, interval.high
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a mean (Student's t); the mean itself for one value."""
+    values = np.asarray(values, np.float64)
+    mean, error = values.mean(), 0.0
+    if len(values) > 1:
+        error = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+    return float(mean - error), float(mean + error)
+
+
+def sign_flip(differences: Sequence[float]) -> float:
+    """Two-sided p of paired differences, under all flips of their signs."""
+    return float(
+        stats.permutation_test(
+            (np.asarray(differences, np.float64),),
+            np.mean,
+            permutation_type="samples",
+            n_resamples=np.inf,
+        ).pvalue
+    )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of a family of hypotheses, adjusted by Holm's method."""
+    order, adjusted, highest = np.argsort(p_values), [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        value = min(1.0, (len(p_values) - rank) * p_values[index])
+        highest = max(highest, value)
+        adjusted[index] = highest
+    return adjusted
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Trials that differ in their seeds alone, at the best learning rate of the arm."""
+
+    learning_rate: float
+    accuracies: dict[int, float]  # of every seed
+    trained: int
+
+    @property
+    def mean(self) -> float:
+        """The mean final validation accuracy."""
+        return float(np.mean(list(self.accuracies.values())))
+
+
+def cells(rows: Rows, axes: Iterable[str]) -> dict[tuple, dict[str, Cell]]:
+    """For each combination of the axes, a cell for each arm."""
+    axes = tuple(axes)
+    by_rate: dict[tuple, dict[str, dict[float, list]]] = {}
+    for trial, outcome in rows:
+        place = tuple(getattr(trial, axis) for axis in axes)
+        rates = by_rate.setdefault(place, {}).setdefault(trial.arm, {})
+        rates.setdefault(trial.learning_rate, []).append((trial, outcome))
+    return {
+        place: {arm: _best(rates) for arm, rates in arms.items()}
+        for place, arms in by_rate.items()
+    }
+
+
+def _best(rates: dict[float, list]) -> Cell:
+    found = [
+        Cell(
+            rate,
+            {trial.seed: outcome["val_accuracy"] for trial, outcome in rows},
+            sum(trained(*row) for row in rows),
+        )
+        for rate, rows in rates.items()
+    ]
+    return max(found, key=lambda cell: cell.mean)
+
+
+def table(rows: Rows, axes: Sequence[str]) -> str:
+    """A line per combination of the axes: every arm, and its gain over `none`."""
+    found = cells(rows, axes)
+    arms = list(dict.fromkeys(trial.arm for trial, _ in rows))
+    header = [*axes, *arms, *(f"{arm} - none" for arm in arms if arm != "none")]
+    lines = [header, ["---"] * len(header)]
+    for place in found:
+        of_arms = found[place]
+        line = [
+            f"{value:g}" if not isinstance(value, str) else value for value in place
+        ]
+        line += [_text(of_arms[arm]) if arm in of_arms else "" for arm in arms]
+        for arm in arms:
+            if arm != "none":
+                line.append(_difference(of_arms, arm))
+        lines.append(line)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _text(cell: Cell) -> str:
+    count = len(cell.accuracies)
+    return f"{cell.mean:.3f} ({cell.trained}/{count}, {cell.learning_rate:.0e})"
+
+
+def _difference(arms: dict[str, Cell], arm: str) -> str:
+    if arm not in arms or "none" not in arms:
+        return ""
+    base = arms["none"].accuracies
+    pairs = [value - base[s] for s, value in arms[arm].accuracies.items() if s in base]
+    if not pairs:
+        return ""
+    text = f"{np.mean(pairs):+.3f}"
+    if len(pairs) > 1:
+        low, high = mean_interval(pairs)
+        text += f" [{low:+.3f}, {high:+.3f}]"
+    return text
+
+
+def trainable_depths(rows: Rows, chosen: Callable[[Trial], bool]) -> dict[str, int]:
+    """For each activation the largest depth at which 80 % of the seeds train.
+
+    With the best of the initializers and learning rates that `chosen` lets through.
+    """
+    found = cells(
+        [row for row in rows if chosen(row[0])],
+        ("activation", "initializer", "arm", "depth"),
+    )
+    depths: dict[str, int] = {}
+    for (activation, _, arm, depth), arms in found.items():
+        cell = arms[arm]
+        depths.setdefault(activation, 0)
+        if cell.trained >= 0.8 * len(cell.accuracies):
+            depths[activation] = max(depths[activation], depth)
+    return depths
+
+
+def draw(rows: Rows, path: pathlib.Path, y: str, x: str, panel: str) -> None:
+    """Draws accuracies over two axes: without LBE, with it, and the difference."""
+    found = cells(rows, (panel, y, x))
+    panels = list(dict.fromkeys(place[0] for place in found))
+    figure = Figure(figsize=(11, 0.6 + 1.9 * len(panels)), layout="constrained")
+    axes = np.atleast_2d(figure.subplots(len(panels), 3, squeeze=False))
+    images = []
+    for row, name in enumerate(panels):
+        places = [place for place in found if place[0] == name]
+        ys = list(dict.fromkeys(place[1] for place in places))
+        xs = sorted({place[2] for place in places})
+        values = np.full((3, len(ys), len(xs)), np.nan)
+        for place in places:
+            at = ys.index(place[1]), xs.index(place[2])
+            for layer, arm in enumerate(("none", "lbe")):
+                if arm in found[place]:
+                    values[(layer, *at)] = found[place][arm].mean
+        values[2] = values[1] - values[0]
+        for column, title in enumerate(("without LBE", "with LBE", "difference")):
+            one = axes[row, column]
+            limits = (
+                {"vmin": -1, "vmax": 1, "cmap": "RdBu"}
+                if column == 2
+                else {"vmin": 0, "vmax": 1, "cmap": "viridis"}
+            )
+            images.append(one.imshow(values[column], aspect="auto", **limits))
+            one.set_xticks(range(len(xs)), [f"{each:g}" for each in xs])
+            one.set_yticks(range(len(ys)), [str(each) for each in ys])
+            if column:
+                one.set_yticklabels([])
+            for (i, j), value in np.ndenumerate(values[column]):
+                if np.isfinite(value):
+                    one.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7)
+            one.set_title(f"{name}, {title}" if column == 0 else title, fontsize=9)
+    for one in axes[-1]:
+        one.set_xlabel(x.replace("_", " "))
+    figure.colorbar(images[0], ax=axes[:, :2], label="final validation accuracy")
+    figure.colorbar(images[2], ax=axes[:, 2])
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainability map: trials, the trainer, the command, and the statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from scipy import stats
+
+from lbe_ops import __main__ as command_line
+from lbe_ops.experiments import map as trainability
+from lbe_ops.experiments import map_report
+from lbe_ops.experiments.trainer import Trainer
+from lbe_ops.experiments.trial import ARMS, Trial
+
+SMALL = Trial(
+    activation="relu",
+    initializer="he_normal",
+    depth=3,
+    learning_rate=3e-3,
+    arm="lbe",
+    seed=5,
+    width=16,
+    batch_size=64,
+    steps=60,
+)
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    return Trainer(SMALL)
+
+
+def of(outcome: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in outcome.items() if name != "seconds"}
+
+
+def test_a_trial_gives_the_same_bits_whatever_ran_before(trainer):
+    first = trainer.run(SMALL)
+    trainer.run(dataclasses.replace(SMALL, arm="none", seed=6, learning_rate=1e-2))
+    assert of(trainer.run(SMALL)) == of(first) == of(Trainer(SMALL).run(SMALL))
+    assert first["val_accuracy"] > 0.3
+    assert first["h_min_50"] > first["h_min_0"]
+
+
+def test_a_trial_without_lbe_is_keras_own_training(trainer):
+    """The same weights, batches and Adam, for each weight by itself, in a plain net."""
+    trial = dataclasses.replace(SMALL, arm="none")
+    outcome = trainer.run(trial)
+
+    rng = np.random.default_rng(trial.seed)
+    seeds = [int(s) for s in rng.integers(2**31, size=trial.depth + 1)]
+    hidden = [
+        keras.layers.Dense(
+            trial.width,
+            activation="relu",
+            kernel_initializer=keras.initializers.HeNormal(seed),
+        )
+        for seed in seeds[:-1]
+    ]
+    glorot = keras.initializers.GlorotUniform(seeds[-1])
+    net = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Flatten(),
+            *hidden,
+            keras.layers.Dense(10, kernel_initializer=glorot),
+        ]
+    )
+    schedule = keras.optimizers.schedules.CosineDecay(trial.learning_rate, trial.steps)
+    net.compile(
+        keras.optimizers.Adam(schedule, global_clipnorm=1.0),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    digits = trainer.data
+    for indices in trainer.batches(trial):
+        net.train_on_batch(digits.x_train[indices], digits.y_train[indices])
+    ce, accuracy = net.evaluate(digits.x_train, digits.y_train, verbose=0)
+    np.testing.assert_allclose(outcome["train_ce"], ce, rtol=1e-3)
+    np.testing.assert_allclose(outcome["train_accuracy"], accuracy, atol=0.01)
+
+
+def test_every_arm_does_what_it_says(trainer):
+    def alphas_after(arm: str) -> np.ndarray:
+        trainer.run(dataclasses.replace(SMALL, arm=arm))
+        return trainer.net.lbe_loss.alphas.numpy()
+
+    assert (alphas_after("lbe_fixed_alpha") == 1).all()
+    assert (alphas_after("lbe") != 1).all()
+    assert np.abs(alphas_after("lbe_alpha_3") - 3).max() < 1
+    outcomes = {
+        arm: trainer.run(dataclasses.replace(SMALL, arm=arm))["train_ce"]
+        for arm in ARMS
+    }
+    different = {
+        frozenset(pair)
+        for pair in itertools.combinations(ARMS, 2)
+        if outcomes[pair[0]] == outcomes[pair[1]]
+    }
+    # 60 steps are over before the 200th.
+    assert different <= {frozenset(("lbe", "lbe_until_200"))}
+
+
+def test_another_graph_is_refused(trainer):
+    with pytest.raises(ValueError, match="Another graph"):
+        trainer.run(dataclasses.replace(SMALL, depth=4))
+
+
+def test_the_initial_weights_are_those_asked_for(trainer):
+    trial = dataclasses.replace(SMALL, steps=0)
+
+    def kernel_of(**changes: object) -> np.ndarray:
+        trainer.run(dataclasses.replace(trial, **changes))
+        return trainer.net.get_layer("hidden_2").kernel.numpy()
+
+    orthogonal = kernel_of(initializer="orthogonal")
+    np.testing.assert_allclose(orthogonal @ orthogonal.T, 2 * np.eye(16), atol=1e-5)
+    np.testing.assert_allclose(kernel_of(gain=0.5), kernel_of() / 2, rtol=1e-6)
+    assert (kernel_of(seed=6) != kernel_of()).all()
+    mirrored = kernel_of(initializer="looks_linear")
+    np.testing.assert_array_equal(mirrored[:8], -mirrored[8:])
+    kernel_of(initializer="lsuv")
+    x = tf.reshape(trainer.data.x_train, [-1, 64])
+    for number in (1, 2, 3):
+        layer = trainer.net.get_layer(f"hidden_{number}")
+        z = x @ layer.kernel
+        assert np.std(z.numpy()) == pytest.approx(1, abs=0.1)
+        x = layer.activation(z)
+
+
+# The command
+
+
+@pytest.fixture
+def smoke(monkeypatch):
+    """A block of a few seconds, with two graphs."""
+    trials = trainability.grid(
+        activation="relu",
+        initializer="he_normal",
+        depth=(1, 2),
+        width=8,
+        learning_rate=1e-3,
+        arm=("none", "lbe"),
+        seed=(1, 2),
+        steps=4,
+    )
+    monkeypatch.setitem(trainability.BLOCKS, "smoke", lambda: trials)
+    return trials
+
+
+def test_an_interrupted_map_goes_on_where_it_was(smoke, tmp_path, capfd):
+    arguments = ["map", "smoke", "--output", str(tmp_path), "--processes", "2"]
+    assert command_line.main(arguments) == 0
+    path = tmp_path / "smoke.csv"
+    rows = trainability.read(path)
+    assert sorted(rows, key=str) and {trial for trial, _ in rows} == set(smoke)
+    assert (tmp_path / "smoke.md").exists() and (tmp_path / "smoke.png").exists()
+
+    # As after a crash in the middle of a line.
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:4]) + lines[4][:30])
+    assert command_line.main([*arguments, "--processes", "1"]) == 0
+    again = trainability.read(path)
+    assert len(again) == len(smoke)
+    assert {t: of(o) for t, o in again} == {t: of(o) for t, o in rows}
+    assert "8 trials, 5 to run" in capfd.readouterr().out
+    assert path.read_bytes().startswith(b"".join(lines[:4]))
+
+
+def test_a_foreign_file_is_not_touched(smoke, tmp_path, capsys):
+    path = tmp_path / "smoke.csv"
+    path.write_text("a,b\n1,2\n")
+    assert command_line.main(["map", "smoke", "--output", str(tmp_path)]) == 2
+    assert "smoke.csv is not a file of this map" in capsys.readouterr().err
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_every_block_names_trials_of_known_arms_once():
+    for name, block in trainability.BLOCKS.items():
+        trials = block()
+        assert len(set(trials)) == len(trials) > 0, name
+        assert {trial.arm for trial in trials} <= set(ARMS)
+
+
+def test_chunks_have_one_graph_each_and_lose_nothing():
+    trials = trainability.BLOCKS["m1"]()
+    chunks = trainability.chunks(trials, 2)
+    assert sorted(map(str, itertools.chain(*chunks))) == sorted(map(str, trials))
+    for chunk in chunks:
+        assert len({trial.graph() for trial in chunk}) == 1
+    costs = [sum(trial.cost() for trial in chunk) for chunk in chunks]
+    assert max(costs) < sum(costs) / 4
+
+
+def test_a_failing_process_is_an_error(monkeypatch, tmp_path, capfd):
+    broken = [dataclasses.replace(SMALL, initializer="no_such")]
+    monkeypatch.setitem(trainability.BLOCKS, "smoke", lambda: broken)
+    assert command_line.main(["map", "smoke", "--output", str(tmp_path)]) == 2
+    assert "a process of the map has failed" in capfd.readouterr().err
+
+
+# Statistics
+
+
+def rows_of(accuracies: dict[tuple[str, float], list[float]]) -> list:
+    return [
+        (
+            dataclasses.replace(SMALL, arm=arm, learning_rate=rate, seed=seed),
+            {"val_accuracy": value},
+        )
+        for (arm, rate), values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_a_cell_takes_the_rate_that_is_best_on_average():
+    rows = rows_of(
+        {
+            ("none", 1e-3): [0.1, 0.95],
+            ("none", 1e-4): [0.6, 0.6],
+            ("lbe", 1e-3): [0.9, 0.96],
+            ("lbe", 1e-4): [0.1, 0.1],
+        }
+    )
+    cells = map_report.cells(rows, ["depth"])[3,]
+    assert cells["none"].learning_rate == 1e-4 and cells["lbe"].learning_rate == 1e-3
+    assert cells["none"].trained == 0 and cells["lbe"].trained == 2
+    low, high = map_report.mean_interval([0.3, 0.36])
+    assert f"+0.330 [{low:+.3f}, {high:+.3f}]" in map_report.table(rows, ["depth"])
+
+
+def test_intervals_and_p_values_are_those_of_the_textbooks():
+    low, high = map_report.wilson(8, 10)
+    z = stats.norm.ppf(0.975)
+    centre = (0.8 + z**2 / 20) / (1 + z**2 / 10)
+    half = z / (1 + z**2 / 10) * np.sqrt(0.16 / 10 + z**2 / 400)
+    assert (low, high) == pytest.approx((centre - half, centre + half))
+    # All of eight pairs on one side: 2 of 256 flips are as extreme.
+    assert map_report.sign_flip([0.1, 0.2, 0.3, 0.1, 0.2, 0.5, 0.3, 0.2]) == 2 / 256
+    assert map_report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    values = [0.9, 0.8, 0.95]
+    interval = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+    assert map_report.mean_interval(values) == pytest.approx(interval)
+
+
+def test_the_trainable_depth_needs_four_seeds_of_five():
+    rows = []
+    for depth, accuracies in {
+        10: [0.95] * 5,
+        20: [0.95] * 4 + [0.1],
+        50: [0.95] * 3 + [0.1] * 2,
+    }.items():
+        for seed, value in enumerate(accuracies):
+            trial = dataclasses.replace(SMALL, depth=depth, seed=seed)
+            rows.append((trial, {"val_accuracy": value}))
+    assert map_report.trainable_depths(rows, lambda trial: True) == {"relu": 20}
+    assert map_report.trainable_depths(rows, lambda trial: trial.depth > 20) == {
+        "relu": 0
+    }

@@ -21,7 +21,7 @@ from lbe_ops.experiments.trial import Trial
 Rows = Sequence[tuple[Trial, dict[str, float]]]
 
 # Of the block `shallow`: the best mean over seeds of a net of three layers.
-SHALLOW_ACCURACY = {"digits": 0.975}
+SHALLOW_ACCURACY = {"digits": 0.979}
 TRAINED = 0.9  # the share of that from which on a net counts as trained
 
 

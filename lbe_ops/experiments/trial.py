@@ -75,5 +75,9 @@ class Trial:
     def cost(self) -> float:
         """About how many seconds it takes on a core; measured on an AMD EPYC."""
         return (
-            6.4e-9 * self.steps * (self.depth + 2) * self.batch_size * (self.width + 50)
+            6.4e-9
+            * (self.steps + 50)
+            * (self.depth + 2)
+            * self.batch_size
+            * (self.width + 50)
         )

@@ -51,7 +51,7 @@ REMEDIES = {
     "rank gone": (
         "All samples have become multiples of one direction, which LBE neither sees "
         "nor cures, and no gain of an initializer either. For relu start looks-linear "
-        "(lbe_ops.experiments.looks_linear.LooksLinear), for tanh from orthogonal "
+        "(lbe_ops.initializers.LooksLinear), for tanh from orthogonal "
         "kernels at the critical gain 1 with zero biases; or add skip connections, or "
         "normalization."
     ),

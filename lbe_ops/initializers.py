@@ -408,7 +408,7 @@ def _kernel(layer: keras.layers.Layer) -> keras.Variable:
 
 
 def _numpy(kernel: keras.Variable) -> np.ndarray:
-    return np.array(keras.ops.convert_to_numpy(kernel.value))
+    return kernel.numpy().copy()
 
 
 def _variance(

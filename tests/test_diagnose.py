@@ -10,7 +10,7 @@ import tensorflow as tf
 from helpers import samples
 
 from lbe_ops import Diagnosis, LBEModel, add_lbe, diagnose, effective_rank
-from lbe_ops.experiments.looks_linear import LooksLinear
+from lbe_ops.initializers import LooksLinear
 
 # Keras reads a variable into NumPy 2 in a way that NumPy deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning")

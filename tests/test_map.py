@@ -119,7 +119,7 @@ def test_the_initial_weights_are_those_asked_for(trainer):
         trainer.run(dataclasses.replace(trial, **changes))
         return trainer.net.get_layer("hidden_2").kernel.numpy()
 
-    orthogonal = kernel_of(initializer="orthogonal")
+    orthogonal = kernel_of(initializer="critical_orthogonal")
     np.testing.assert_allclose(orthogonal @ orthogonal.T, 2 * np.eye(16), atol=1e-5)
     np.testing.assert_allclose(kernel_of(gain=0.5), kernel_of() / 2, rtol=1e-6)
     assert (kernel_of(seed=6) != kernel_of()).all()

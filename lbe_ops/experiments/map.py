@@ -38,10 +38,16 @@ interruption.
 """
 
 INITIALIZERS = {
-    "relu": ("glorot_uniform", "he_normal", "orthogonal", "lsuv", "looks_linear"),
+    "relu": (
+        "glorot_uniform",
+        "he_normal",
+        "critical_orthogonal",
+        "lsuv",
+        "looks_linear",
+    ),
     **dict.fromkeys(
         ("gelu", "tanh", "sigmoid", "linear"),
-        ("glorot_uniform", "he_normal", "orthogonal", "lsuv"),
+        ("glorot_uniform", "he_normal", "critical_orthogonal", "lsuv"),
     ),
 }
 RATES = (1e-4, 3e-4, 1e-3)

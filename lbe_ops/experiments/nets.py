@@ -32,13 +32,13 @@ from lbe_ops.callbacks import BatchEntropyLogger
 from lbe_ops.experiments import settings as settings_module
 from lbe_ops.experiments.errors import ExperimentError
 from lbe_ops.experiments.settings import Settings
-from lbe_ops.initializers import LooksLinear
 from lbe_ops.experiments.tasks import task_of
+from lbe_ops.initializers import DeltaOrthogonal, LooksLinear, critical_gain, lsuv
 from lbe_ops.layers import Conv2D_LBE, Dense_LBE
 from lbe_ops.model import LBEModel
 from lbe_ops.regularizer import LBERegularizer
 
-HIDDEN = "hidden_"
+HIDDEN, WEIGHTS = "hidden_", "weights_"
 
 
 def build(
@@ -197,8 +197,8 @@ class _Layers:
         s = self.settings
         number, norm = self.count, s.norm if norm is None else norm
         arguments = {
-            "kernel_initializer": _initializer(
-                s.initializer, number if pairs else 1, self.seed()
+            "kernel_initializer": initializer(
+                s.initializer, s.activation, number if pairs else 1, self.seed()
             ),
             "dtype": s.dtype,
         }
@@ -208,7 +208,7 @@ class _Layers:
             "name": f"{HIDDEN}{number}",
         }
         in_one = norm == "none" and shortcut is None
-        arguments |= last if in_one else {"name": f"weights_{number}"}
+        arguments |= last if in_one else {"name": f"{WEIGHTS}{number}"}
         dense, conv = keras.layers.Dense, keras.layers.Conv2D
         if in_one and self.lbe:
             dense, conv = Dense_LBE, Conv2D_LBE
@@ -340,15 +340,38 @@ BODIES = {
 }
 
 
-def _initializer(name: str, number: int, seed: int) -> keras.initializers.Initializer:
-    """The named initializer with a seed of its own, where it takes one."""
+def initializer(
+    name: str, activation: str, number: int, seed: int
+) -> keras.initializers.Initializer:
+    """The named initializer with a seed of its own, where it takes one.
+
+    Args:
+        name: one of `OWN_INITIALIZERS` or of Keras.
+        activation: of the layer.
+        number: of the layer, from 1 on; of the first the input is no hidden layer.
+        seed: of its kernel.
+    """
     if name == settings_module.LOOKS_LINEAR:
         return LooksLinear(first=number == 1, seed=seed)
-    initializer = keras.initializers.get(name)
-    config = initializer.get_config()
+    if name == settings_module.CRITICAL_ORTHOGONAL:
+        return DeltaOrthogonal(critical_gain(activation), seed)
+    if name == settings_module.LSUV:
+        return DeltaOrthogonal(seed=seed)  # and `scale_layers` when all are built
+    found = keras.initializers.get(name)
+    config = found.get_config()
     if "seed" in config:
         config["seed"] = seed
-    return type(initializer).from_config(config)
+    return type(found).from_config(config)
+
+
+def scale_layers(net: keras.Model, x: Any) -> None:
+    """Scales the kernels of the hidden layers by `lsuv`, on a batch of inputs."""
+
+    def is_hidden(layer: keras.layers.Layer) -> bool:
+        hidden = layer.name.startswith((HIDDEN, WEIGHTS))
+        return hidden and getattr(layer, "kernel", None) is not None
+
+    lsuv(net, x, layers=is_hidden)
 
 
 def _optimizer(settings: Settings) -> keras.optimizers.Optimizer:

@@ -25,7 +25,8 @@ SCALINGS = ("unit", "symmetric")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "decay", "cosine")
 NATIVE_MODES = {"auto": None, "require": True, "never": False}
-LOOKS_LINEAR = "looks_linear"  # of initializers.py
+LOOKS_LINEAR, CRITICAL_ORTHOGONAL, LSUV = "looks_linear", "critical_orthogonal", "lsuv"
+OWN_INITIALIZERS = (LOOKS_LINEAR, CRITICAL_ORTHOGONAL, LSUV)  # see initializers.py
 DTYPES = ("float32", "float64", "mixed_float16", "mixed_bfloat16")
 
 
@@ -96,7 +97,9 @@ class Settings:
     kernel_size: int = _setting(3, "of convolutions")
     activation: str = _setting("relu", "any of Keras")
     initializer: str = _setting(
-        LOOKS_LINEAR, "of the hidden layers' kernels: looks_linear, or any of Keras"
+        LOOKS_LINEAR,
+        f"of the hidden layers' kernels: {', '.join(OWN_INITIALIZERS)}, or any that "
+        "Keras has",
     )
     dtype: str = _setting("float32", "dtype policy", DTYPES)
 
@@ -180,7 +183,7 @@ class Settings:
             ("initializer", keras.initializers.get, "he_normal"),
         ):
             value = getattr(self, name)
-            if (name, value) == ("initializer", LOOKS_LINEAR):
+            if name == "initializer" and value in OWN_INITIALIZERS:
                 continue
             try:
                 get(value)

@@ -15,7 +15,7 @@ import tensorflow as tf
 from lbe_ops.experiments import nets
 from lbe_ops.experiments.data import Data
 from lbe_ops.experiments.results import NetFolder, Progress
-from lbe_ops.experiments.settings import Settings
+from lbe_ops.experiments.settings import LSUV, Settings
 from lbe_ops.experiments.tasks import task_of
 from lbe_ops.model import LossLogs
 
@@ -67,6 +67,8 @@ def train(
     sample = keras.tree.map_structure(
         lambda array: array[: settings.batch_size], validation[0]
     )
+    if settings.initializer == LSUV:
+        nets.scale_layers(net, sample)
     entropies = nets.entropies(net, sample)
     before = entropies()
     progress = folder.restore(net) if resume else Progress()

@@ -20,9 +20,9 @@ import numpy as np
 import tensorflow as tf
 
 from lbe_ops.experiments import data as data_module
-from lbe_ops.experiments.settings import LOOKS_LINEAR
+from lbe_ops.experiments import nets
+from lbe_ops.experiments.settings import LSUV
 from lbe_ops.experiments.trial import ALPHAS, ARMS, UNBOUNDED_ALPHA, Trial
-from lbe_ops.initializers import LooksLinear, critical_gain, lsuv
 from lbe_ops.layers import Dense_LBE
 from lbe_ops.measure import effective_rank, mean_cosine
 from lbe_ops.model import LBEModel
@@ -147,7 +147,7 @@ class Trainer:
         for number, (layer, seed) in enumerate(
             zip(self._hidden, seeds, strict=False), start=1
         ):
-            initializer = _initializer(
+            initializer = nets.initializer(
                 trial.initializer, trial.activation, number, int(seed)
             )
             layer.kernel.assign(trial.gain * initializer(layer.kernel.shape))
@@ -156,10 +156,8 @@ class Trainer:
         glorot = keras.initializers.GlorotUniform(int(seeds[-1]))
         logits.kernel.assign(glorot(logits.kernel.shape))
         logits.bias.assign(tf.zeros_like(logits.bias))
-        if trial.initializer == "lsuv":
-            first = np.random.default_rng((trial.seed, 0)).permutation(len(self._x))
-            names = [layer.name for layer in self._hidden]
-            lsuv(self.net, tf.gather(self._x, first[:PROBE]), layers=names)
+        if trial.initializer == LSUV:
+            nets.scale_layers(self.net, self._x[:PROBE])
         arm = ARMS[trial.arm]
         alpha = arm.alpha
         if alpha is None:
@@ -268,15 +266,3 @@ class _Schedule(keras.optimizers.schedules.LearningRateSchedule):
 
 def _tensors(x: np.ndarray, y: np.ndarray) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.constant(x), tf.constant(y)
-
-
-def _initializer(
-    name: str, activation: str, number: int, seed: int
-) -> Callable[[tuple[int, ...]], tf.Tensor]:
-    if name == LOOKS_LINEAR:
-        return LooksLinear(first=number == 1, seed=seed)
-    if name in ("orthogonal", "lsuv"):
-        gain = critical_gain(activation) if name == "orthogonal" else 1.0
-        return keras.initializers.Orthogonal(gain, seed=seed)
-    config = keras.initializers.get(name).get_config()
-    return type(keras.initializers.get(name)).from_config({**config, "seed": seed})

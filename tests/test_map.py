@@ -263,3 +263,35 @@ def test_the_trainable_depth_needs_four_seeds_of_five():
     assert map_report.trainable_depths(rows, lambda trial: trial.depth > 20) == {
         "relu": 0
     }
+
+
+def test_a_prediction_is_made_without_the_activation_it_is_for():
+    """Nets train where the rank is above 2, whatever their entropy."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for seed in range(120):
+        rank, entropy = rng.uniform(1, 3), 10 ** rng.uniform(-9, 0)
+        activation = ("relu", "tanh", "gelu")[seed % 3]
+        trial = dataclasses.replace(SMALL, activation=activation, seed=seed)
+        outcome = {"val_accuracy": 0.95 if rank > 2 else 0.1}
+        for step in (0, 50):
+            outcome |= {
+                f"h_min_{step}": entropy,
+                f"rank_out_{step}": rank,
+                f"gradient_first_{step}": np.nan if seed % 10 == 0 else entropy,
+                f"gradient_max_{step}": 0.0,
+            }
+        rows.append((trial, outcome))
+    found = map_report.prediction(rows, "gelu")
+    gelu = [row for row in rows if row[0].activation == "gelu"]
+    assert found["trials"] == 40
+    assert found["trained"] == sum(o["val_accuracy"] > 0.5 for _, o in gelu)
+    assert found["auc"] > 0.97 and 0.3 < found["auc_entropy"] < 0.7
+    # Other outcomes of it change nothing of the rule, only whether that is right.
+    opposite = [
+        (t, {**o, "val_accuracy": 1.05 - o["val_accuracy"]})
+        if t in dict(gelu)
+        else (t, o)
+        for t, o in rows
+    ]
+    assert map_report.prediction(opposite, "gelu")["auc"] < 0.03

@@ -14,6 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from lbe_ops.experiments.results import replacing
 from lbe_ops.experiments.trial import Trial
@@ -203,3 +207,39 @@ def draw(rows: Rows, path: pathlib.Path, y: str, x: str, panel: str) -> None:
     figure.colorbar(images[2], ax=axes[:, 2])
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
+
+
+FEATURES = ("h_min", "rank_out", "gradient_first", "gradient_max")
+
+
+def prediction(rows: Rows, held_out: str, steps: Sequence[int] = (0, 50)) -> dict:
+    """How well measurements of the first steps tell which nets will be trained.
+
+    A logistic regression on the logarithms of `FEATURES` is fitted to the trials of the
+    other activations and asked about those of one that it has not seen.
+
+    Args:
+        rows: trials of several activations.
+        held_out: the activation to predict.
+        steps: when the features were measured.
+
+    Returns:
+        `auc`, and `auc_entropy` of the least entropy alone, in the same way; and the
+        number of `trials` and of the `trained` ones among them.
+    """
+    y = np.array([trained(*row) for row in rows])
+    held = np.array([trial.activation == held_out for trial, _ in rows])
+    result = {"trials": int(held.sum()), "trained": int(y[held].sum())}
+    for name, features in (("auc", FEATURES), ("auc_entropy", ("h_min",))):
+        x = np.array(
+            [
+                [outcome[f"{feature}_{step}"] for feature in features for step in steps]
+                for _, outcome in rows
+            ]
+        )
+        # What is not finite has exploded, and what is 0 has vanished.
+        x = np.log10(np.clip(np.nan_to_num(x, nan=1e30), 1e-30, 1e30))
+        model = make_pipeline(StandardScaler(), LogisticRegression())
+        model.fit(x[~held], y[~held])
+        result[name] = float(roc_auc_score(y[held], model.predict_proba(x[held])[:, 1]))
+    return result

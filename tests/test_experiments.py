@@ -428,7 +428,13 @@ def test_autoencoder_reconstructs_the_flattened_input():
     settings = Settings(model="autoencoder", depth=3, latent=2, **SMALL)
     net = shaken(settings, (2, 3, 1), 5, lbe=False)
     weights = in_float64(net)
-    assert [*weights] == "hidden_1 latent hidden_2 hidden_3 reconstruction".split()
+    assert [*weights] == [
+        "hidden_1",
+        "latent",
+        "hidden_2",
+        "hidden_3",
+        "reconstruction",
+    ]
     assert weights["latent"][0].shape == (8, 2)
     x = np.random.default_rng(0).random((16, 2, 3, 1), np.float32)
     flat = x.reshape(16, 6).astype(np.float64)

@@ -39,7 +39,7 @@ demo: export LBE_CUDA ?= $(patsubst LBE_CUDA=%,%,$(filter LBE_CUDA=%,$(shell cat
 else ifeq ($(wildcard /dev/nvidia0),)
 demo: export LBE_CUDA ?= OFF
 endif
-demo: $(PACKAGE) ## train 200 layers with and without LBE, plots and a short benchmark
+demo: $(PACKAGE) ## train 50 GELU layers with and without LBE, plots and a short benchmark
 	$(BIN)/lbe-ops train --preset demo
 	$(BIN)/python benchmarks/bench_op.py --quick --output results/demo/benchmark
 

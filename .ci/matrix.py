@@ -30,7 +30,10 @@ OLDEST_PYTHON_OF_KERAS_3_13 = "3.11"
 # the Keras half.
 QUICK_TESTS = "native numpy_module packaging"
 TENSORFLOW_TESTS = "ops epilogue synchronized_ops xla"
-KERAS_TESTS = "callbacks keras_internals layers loss migration model regularizer"
+KERAS_TESTS = (
+    "callbacks diagnose initializers keras_internals layers loss measure migration model "
+    "regularizer strength targets"
+)
 TOOLS = "hypothesis", "matplotlib", "pytest", "pytest-xdist", "tensorboard"
 
 

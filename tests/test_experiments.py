@@ -182,7 +182,7 @@ def test_presets_and_overriding():
     assert port.schedule == "constant" and port.reduce_lr and port.lbe_input
     assert Settings().default_name() == "mnist"
     demo = Settings(**PRESETS["demo"])
-    assert (demo.data, demo.initializer) == ("digits", "glorot_uniform")
+    assert (demo.data, demo.activation) == ("digits", "gelu")
     assert demo.default_name() == "demo"
     shorter = Settings.from_mapping({**PRESETS["demo"], "epochs": 3})
     assert shorter.default_name().startswith("digits-dense-200x64-")

@@ -22,13 +22,13 @@ import tensorflow as tf
 from lbe_ops.experiments import data as data_module
 from lbe_ops.experiments import nets
 from lbe_ops.experiments.settings import LSUV
-from lbe_ops.experiments.trial import ALPHAS, ARMS, UNBOUNDED_ALPHA, Trial
+from lbe_ops.experiments.trial import ARMS, Trial
 from lbe_ops.layers import Dense_LBE
 from lbe_ops.measure import effective_rank, mean_cosine
 from lbe_ops.model import LBEModel
 from lbe_ops.ops import batch_entropy
+from lbe_ops.targets import AT_LEAST, default_targets
 
-ALPHA_MIN = 0.05
 PROBE = 512  # samples that a net is measured on
 MEASURED = (0, 50, 200)  # the steps before which it is, beside the last
 
@@ -134,7 +134,8 @@ class Trainer:
                 trial.width,
                 activation=trial.activation,
                 kernel_initializer="zeros",
-                LBE_alpha_min=ALPHA_MIN,
+                LBE_alpha=AT_LEAST,  # of every trial its own
+                LBE_alpha_min=AT_LEAST,
                 name=f"hidden_{number}",
             )
             x = layer(x)
@@ -161,7 +162,7 @@ class Trainer:
         arm = ARMS[trial.arm]
         alpha = arm.alpha
         if alpha is None:
-            alpha = ALPHAS.get(trial.activation, UNBOUNDED_ALPHA)
+            alpha = default_targets(self._hidden[0])["lbe_alpha"]
         self.net.lbe_loss.alphas.assign(tf.fill([trial.depth], alpha))
         self._vector.assign(
             tf.concat([tf.reshape(each, [-1]) for each in self._weights], 0)

@@ -13,7 +13,7 @@ class Arm:
 
     Attributes:
         strength: the strength of LBE; 0 for none.
-        alpha: the entropy to reach at first; None for the activation's own.
+        alpha: the entropy to reach at first; None for the default of `add_lbe`.
         trained: whether alpha is trained.
         until: the step from which on the strength is 0; 0 for never.
         cosine: whether the strength falls to 0 along half a cosine.
@@ -38,8 +38,6 @@ ARMS = {
     "lbe_until_200": Arm(until=200),
     "lbe_cosine": Arm(cosine=True),
 }
-ALPHAS = {"tanh": 0.5, "sigmoid": 0.2}
-UNBOUNDED_ALPHA = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,7 +58,7 @@ def reporting_call(
         inputs: of the layer.
     """
     name = layer.path or layer.name
-    if layer.activation in _WITH_LOGITS:
+    if layer.activation in _WITH_LOGITS or regularizer.on_units:
         y = call(inputs)
         regularizer.report(recording, y, name)
         return y
@@ -85,6 +85,9 @@ def tapped(
     **epilogue: Any,
 ) -> tf.Tensor:
     """The epilogue of z (z itself without more arguments), its entropy reported."""
+    if regularizer.on_units:  # reporting_call has left nothing but z to do
+        regularizer.report(recording, z, layer)
+        return z
     arguments = {**epilogue, **regularizer.formula, "native": regularizer.native}
     if recording.synchronized:
         y, moments = ops.epilogue_moments(z, **arguments)

@@ -177,7 +177,7 @@ class LBE(_ReportingLayer, keras.layers.Layer):
     with `from_logits=True`: the loss does not look through this layer.
 
     Args:
-        lbe_alpha, lbe_alpha_min, lbe_beta, ddof, scale, offset, native: as for
+        lbe_alpha, lbe_alpha_min, lbe_beta, ddof, scale, offset, native, variant: as for
             `LBERegularizer`.
         activity_regularizer: one more activity regularizer, beside LBE; or an
             `LBERegularizer`, which is then used as it is.
@@ -199,6 +199,7 @@ class LBE(_ReportingLayer, keras.layers.Layer):
         scale: float = ops.SCALE,
         offset: float = ops.OFFSET,
         native: bool | None = None,
+        variant: str = "entropy",
         activity_regularizer: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -211,6 +212,7 @@ class LBE(_ReportingLayer, keras.layers.Layer):
             scale=scale,
             offset=offset,
             native=native,
+            variant=variant,
         )
         kwargs.setdefault("autocast", False)  # the dtype is that of the inputs
         super().__init__(activity_regularizer=regularizer, **kwargs)

@@ -165,12 +165,22 @@ class LBELoss(keras.layers.Layer):
 
     def _each(self, entries: Sequence[Entry], dtype: Any) -> tf.Tensor:
         regularizers = [entry.regularizer for entry in entries]
-        losses = lbe_losses(
-            tf.stack([tf.cast(entry.entropy, dtype) for entry in entries]),
-            self._alphas_of(regularizers, dtype),
-            [each.lbe_alpha_min for each in regularizers],
-            [each.lbe_beta for each in regularizers],
-        )
+        alphas = self._alphas_of(regularizers, dtype)
+        if any(each.on_units for each in regularizers):
+            losses = tf.stack(
+                [
+                    entry.regularizer.lbe(entry.entropy, entry.variance, alpha)
+                    for entry, alpha in zip(entries, tf.unstack(alphas), strict=True)
+                ]
+            )
+        else:
+            losses = lbe_losses(
+                tf.stack([tf.cast(entry.entropy, dtype) for entry in entries]),
+                alphas,
+                [each.lbe_alpha_min for each in regularizers],
+                [each.lbe_beta for each in regularizers],
+                [each.variant == "one_sided" for each in regularizers],
+            )
         if any(entry.valid is not None for entry in entries):
             losses *= tf.stack(
                 [

@@ -29,6 +29,7 @@ class Entry(NamedTuple):
 
     `valid` is None where the shape says already that it is 1. Where the batch is spread
     over replicas, there are `moments`, and no entropy before `synchronize` has made it.
+    A variant of LBE that is about units has their `variance` as well.
     """
 
     regularizer: LBERegularizer
@@ -36,6 +37,7 @@ class Entry(NamedTuple):
     entropy: tf.Tensor | None = None
     valid: tf.Tensor | None = None
     moments: Moments | None = None
+    variance: tf.Tensor | None = None
 
 
 class Recording:
@@ -86,6 +88,7 @@ class Recording:
         entropy: tf.Tensor | None = None,
         valid: tf.Tensor | None = None,
         moments: Moments | None = None,
+        variance: tf.Tensor | None = None,
     ) -> None:
         """Appends the entropy of a layer's output.
 
@@ -95,6 +98,7 @@ class Recording:
             layer: the layer's name, for errors.
             entropy, valid: as `ops.batch_entropy_or_zero` returns them.
             moments: in place of both where this is `synchronized`.
+            variance: of every unit, for variants that are about units.
 
         Raises:
             RuntimeError: the layer is inside of a block that runs again in the
@@ -110,7 +114,8 @@ class Recording:
             raise RuntimeError(rematerialised(layer))
         if (y.shape[0] or 0) >= 2 and y.shape[1:].num_elements():
             valid = None
-        self.entries.append(Entry(regularizer, layer, entropy, valid, moments))
+        entry = Entry(regularizer, layer, entropy, valid, moments, variance)
+        self.entries.append(entry)
 
     def has_reported(self, regularizer: LBERegularizer, y: tf.Tensor) -> bool:
         """Whether there was a report about this output."""

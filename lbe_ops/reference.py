@@ -225,18 +225,57 @@ def batch_entropy_or_zero(
     x: tf.Tensor, *, ddof: int, scale: float, offset: float
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """`(entropy, valid)`; see `lbe_ops.ops.batch_entropy_or_zero`."""
+    variance, enough = variance_or_one(x, ddof)
+    entropy = _mean_over_units(unit_entropy(variance, scale, offset))
+    return tf.where(enough, entropy, 0), tf.cast(enough, variance.dtype)
+
+
+def variance_or_one(x: tf.Tensor, ddof: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """The variances of units, and whether there are 2 samples; 1 where there are not.
+
+    So that what is made of them is finite in either case, and its gradient: log(0) and
+    the mean of no units are not.
+    """
     shape = tf.shape(x, out_type=tf.int64)
     enough = (shape[0] >= 2) & (tf.reduce_prod(shape[1:]) >= 1)
     # Not even a NaN in a sample that does not count may reach the gradient.
     variance = moments(tf.where(enough, x, tf.zeros_like(x)), ddof)[1]
-    # Both branches must be finite for their gradients to be: log(0) and the mean
-    # of no units are not.
-    safe = tf.where(enough, variance, tf.ones_like(variance))
-    entropy = tf.math.divide_no_nan(
-        tf.reduce_sum(unit_entropy(safe, scale, offset)),
-        tf.cast(tf.size(variance), variance.dtype),
-    )
-    return tf.where(enough, entropy, 0), tf.cast(enough, variance.dtype)
+    return tf.where(enough, variance, tf.ones_like(variance)), enough
+
+
+def _mean_over_units(x: tf.Tensor) -> tf.Tensor:
+    """0 where there are none."""
+    return tf.math.divide_no_nan(tf.reduce_sum(x), tf.cast(tf.size(x), x.dtype))
+
+
+def units_to_target(
+    variance: tf.Tensor, target: tf.Tensor, scale: float, offset: float
+) -> tf.Tensor:
+    """`mean_u (H_u - target)^2`: the mean over units of what LBE is of their mean."""
+    entropy = unit_entropy(variance, scale, offset)
+    return _mean_over_units(tf.square(entropy - target))
+
+
+# Below a standard deviation of 1e-10 units count as equal to one another. The second
+# derivative of the root is still a float32.
+TINY_VARIANCE = 1e-20
+
+
+def std_hinge(
+    variance: tf.Tensor, target: tf.Tensor, scale: float, offset: float
+) -> tf.Tensor:
+    """`mean_u max(0, s - std_u)`, with s the std of a unit whose entropy is `target`.
+
+    The variance term of VICReg (arXiv 2105.04906) and VCReg (arXiv 2306.13292). Its
+    gradient with respect to a sample, `-(x_nu - mean_u) / (U (N - ddof) std_u)`, does
+    not vanish with the variance, and is 0 where that is 0.
+    """
+    if offset > 0:
+        wanted = offset * tf.math.expm1(2 * target - math.log(offset))
+    else:
+        wanted = tf.exp(2 * target)
+    least = tf.sqrt(tf.nn.relu(wanted / scale) + TINY_VARIANCE)
+    return _mean_over_units(tf.nn.relu(least - tf.sqrt(variance + TINY_VARIANCE)))
 
 
 def unit_statistics(

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from lbe_ops import keras_internals, ops, recorder, targets
+from lbe_ops import keras_internals, ops, recorder, reference, targets
 from lbe_ops.native import compiles, requested_mode
 
 ALPHA_NAME = "lbe_alpha"
@@ -27,16 +27,34 @@ ALPHA_NAME = "lbe_alpha"
 _KERAS_DIVIDES = tuple(int(n) for n in keras.__version__.split(".")[:2]) >= (3, 14)
 
 
-def lbe_losses(
-    entropy: tf.Tensor, alpha: tf.Tensor, alpha_min: Any, beta: Any
-) -> tf.Tensor:
-    """`LBE = beta * (H - max(|alpha|, alpha_min))^2`, element by element.
+# Variants of LBE that are made of the variance of every unit, and not of H.
+ON_UNITS = {"units": reference.units_to_target, "std_hinge": reference.std_hinge}
+VARIANTS = ("entropy", "one_sided", *ON_UNITS)
+
+
+def entropy_to_reach(alpha: tf.Tensor, alpha_min: Any) -> tf.Tensor:
+    """`max(|alpha|, alpha_min)`.
 
     `tf.maximum` gives the gradient of a tie to its first argument: alpha can leave
     alpha_min.
     """
-    target = tf.maximum(tf.abs(alpha), tf.constant(alpha_min, alpha.dtype))
-    return beta * tf.square(entropy - target)
+    return tf.maximum(tf.abs(alpha), tf.constant(alpha_min, alpha.dtype))
+
+
+def lbe_losses(
+    entropy: tf.Tensor, alpha: tf.Tensor, alpha_min: Any, beta: Any, one_sided: Any
+) -> tf.Tensor:
+    """`LBE = beta * (H - max(|alpha|, alpha_min))^2`, element by element.
+
+    Where it is one-sided, 0 for an H above that.
+    """
+    difference = entropy - entropy_to_reach(alpha, alpha_min)
+    if np.any(one_sided):
+        below = tf.minimum(difference, 0)
+        difference = (
+            below if np.all(one_sided) else tf.where(one_sided, below, difference)
+        )
+    return beta * tf.square(difference)
 
 
 class Alpha:
@@ -166,6 +184,20 @@ class LBERegularizer(keras.layers.Layer):
         offset: what is added to it, >= 0.
         native: None uses the native op where possible, True requires it, False
             forbids it.
+        variant: what LBE is. With t for `max(lbe_alpha_min, |lbe_alpha|)`,
+
+            - "entropy": `lbe_beta * (H - t)^2`, that of the paper;
+            - "one_sided": the same while H < t, else 0;
+            - "units": `lbe_beta * mean_u (H_u - t)^2`, with the entropy of each unit;
+            - "std_hinge": `lbe_beta * mean_u max(0, s - std_u)`, with s the standard
+              deviation of a unit whose entropy is t. Its gradient does not vanish with
+              the variance, as that of the others does.
+
+            The last three are what was tried beside the paper's; none is known to train
+            to a better accuracy. Alpha can only fall with "one_sided" and "std_hinge",
+            down to `lbe_alpha_min`: `trainable=False` keeps it. "units" and "std_hinge"
+            are plain TensorFlow operations on the layer's output, without the fused
+            epilogue, and an `LBEModel` on replicas needs `synchronized=False`.
         name: name of the regularizer.
         trainable: False keeps alpha as it is.
 
@@ -173,7 +205,8 @@ class LBERegularizer(keras.layers.Layer):
         lbe_alpha: an `Alpha`: `.numpy()`, `.assign(value)`, `.value`, `float()`.
 
     Raises:
-        ValueError: an argument is out of its range or not a number.
+        ValueError: an argument is out of its range or not a number, or there is no such
+            variant, or none for `native=True`.
         TypeError: native is neither None nor a bool.
 
     Example:
@@ -182,7 +215,8 @@ class LBERegularizer(keras.layers.Layer):
     ...     32, activation="relu", activity_regularizer=LBERegularizer(lbe_alpha=1.0)
     ... )
 
-    Source: Peer et al., TMLR 2022 (arXiv 2208.01134).
+    Source: Peer et al., TMLR 2022 (arXiv 2208.01134); "std_hinge" is the variance term
+    of VICReg (arXiv 2105.04906) and VCReg (arXiv 2306.13292).
     """
 
     def __init__(
@@ -196,6 +230,7 @@ class LBERegularizer(keras.layers.Layer):
         scale: float = ops.SCALE,
         offset: float = ops.OFFSET,
         native: bool | None = None,
+        variant: str = "entropy",
         name: str | None = None,
         trainable: bool = True,
     ) -> None:
@@ -209,6 +244,15 @@ class LBERegularizer(keras.layers.Layer):
         check_finite("scale", scale)
         check_finite("offset", offset)
         requested_mode(native)
+        if variant not in VARIANTS:
+            raise ValueError(
+                f"variant must be one of {', '.join(VARIANTS)}. Received: {variant!r}"
+            )
+        if variant in ON_UNITS and native:
+            raise ValueError(
+                f"There is no native op for the variant {variant!r}, which is plain "
+                "TensorFlow: leave native out. Received: native=True"
+            )
         other = keras.regularizers.get(other_activity_regularizer)
         if isinstance(other, LBERegularizer):
             raise ValueError(
@@ -219,7 +263,8 @@ class LBERegularizer(keras.layers.Layer):
         self.lbe_beta = float(lbe_beta)
         self.other_activity_regularizer = other
         self.formula = ops.check_formula(ddof, scale, offset)
-        self.native = native
+        self.variant = variant
+        self.native = False if variant in ON_UNITS else native
         self.supports_masking = True
         # Whether the layer was built before, so that Keras does not track its alpha.
         self.on_built_layer = False
@@ -251,7 +296,13 @@ class LBERegularizer(keras.layers.Layer):
     @property
     def target(self) -> tf.Tensor:
         """The entropy to reach at present: `max(lbe_alpha_min, |lbe_alpha|)`."""
-        return tf.maximum(tf.abs(self.lbe_alpha.value), self.lbe_alpha_min)
+        value = tf.convert_to_tensor(self.lbe_alpha.value)
+        return entropy_to_reach(value, self.lbe_alpha_min)
+
+    @property
+    def on_units(self) -> bool:
+        """Whether the variant is made of the variance of every unit."""
+        return self.variant in ON_UNITS
 
     @property
     def initial_target(self) -> float:
@@ -328,12 +379,35 @@ class LBERegularizer(keras.layers.Layer):
             native = False
         if training:
             self._check_training()
-        entropy, valid = ops.batch_entropy_or_zero(x, **self.formula, native=native)
-        return valid * lbe_losses(
-            entropy,
-            tf.cast(self.lbe_alpha.value, entropy.dtype),
-            self.lbe_alpha_min,
-            self.lbe_beta,
+        entropy, valid, variance = self._measure(x, native)
+        alpha = tf.cast(self.lbe_alpha.value, entropy.dtype)
+        return valid * self.lbe(entropy, variance, alpha)
+
+    def _measure(
+        self, x: tf.Tensor, native: bool | None
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
+        """`(entropy, valid, variance)` of an output, as in a `recorder.Entry`."""
+        if not self.on_units:
+            found = ops.batch_entropy_or_zero(x, **self.formula, native=native)
+            return *found, None
+        variance, _ = reference.variance_or_one(x, self.formula["ddof"])
+        return *reference.batch_entropy_or_zero(x, **self.formula), variance
+
+    def lbe(
+        self, entropy: tf.Tensor, variance: tf.Tensor | None, alpha: tf.Tensor
+    ) -> tf.Tensor:
+        """LBE of one output, a scalar of the dtype of alpha."""
+        if not self.on_units:
+            entropy = tf.cast(entropy, alpha.dtype)
+            one_sided = self.variant == "one_sided"
+            return lbe_losses(
+                entropy, alpha, self.lbe_alpha_min, self.lbe_beta, one_sided
+            )
+        return self.lbe_beta * ON_UNITS[self.variant](
+            tf.cast(variance, alpha.dtype),
+            entropy_to_reach(alpha, self.lbe_alpha_min),
+            self.formula["scale"],
+            self.formula["offset"],
         )
 
     def report(
@@ -342,13 +416,22 @@ class LBERegularizer(keras.layers.Layer):
         """Reports the entropy of an output, unless its layer has done so."""
         if recording.has_reported(self, x):
             return
-        layer, formula = layer or self.name, {**self.formula, "native": self.native}
+        layer = layer or self.name
         if recording.synchronized:
-            moments = ops.batch_moments(x, **formula)
+            if self.on_units:
+                raise ValueError(
+                    f"The variant {self.variant!r} of LBE is not made of the moments "
+                    "that replicas share. Make the LBEModel with synchronized=False: "
+                    "every replica then has the LBE of its own samples. "
+                    f"Received: the layer {layer!r}"
+                )
+            moments = ops.batch_moments(x, **self.formula, native=self.native)
             recording.report(self, x, layer, moments=moments)
         else:
-            entropy, valid = ops.batch_entropy_or_zero(x, **formula)
-            recording.report(self, x, layer, entropy=entropy, valid=valid)
+            entropy, valid, variance = self._measure(x, self.native)
+            recording.report(
+                self, x, layer, entropy=entropy, valid=valid, variance=variance
+            )
 
     def _check_training(self) -> None:
         """Raises where training would leave alpha or the layer without a gradient.
@@ -386,6 +469,7 @@ class LBERegularizer(keras.layers.Layer):
             ),
             **self.formula,
             "native": self.native,
+            "variant": self.variant,
             "name": self.name,
             "trainable": self.trainable,
         }

@@ -405,6 +405,39 @@ def callbacks():
     }
 
 
+def net_of(variant):
+    def make():
+        inputs = keras.Input(SHAPE)
+        regularizer = LBERegularizer(1.0, variant=variant)
+        x = Dense_LBE(16, "relu", activity_regularizer=regularizer)(inputs)
+        return inputs, keras.layers.Dense(2)(x)
+
+    return make
+
+
+@case(2)
+def one_sided():
+    return compare(48, 16, net_of("one_sided"))
+
+
+@case(2)
+def variants_on_units():
+    """What is said with synchronization, and whether it trains without."""
+    results = {}
+    x, y = samples(48)
+    for variant in ("units", "std_hinge"):
+        for synchronized in (True, False):
+            with STRATEGY.scope():
+                model = model_of(net_of(variant), synchronized=synchronized)
+            try:
+                history = model.fit(x, y, batch_size=16, epochs=3, verbose=0).history
+                result = history["loss"][-1] < history["loss"][0]
+            except ValueError as error:
+                result = str(error)
+            results[f"{variant} {synchronized}"] = result
+    return results
+
+
 @case(2)
 def changing_strength():
     """Weights after a number of each epoch, and a schedule, on one device and two."""

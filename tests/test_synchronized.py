@@ -143,6 +143,7 @@ def result(count, name):
         (2, "several_steps_per_execution", 1e-6),
         (2, "convolution", 1e-6),
         (2, "shared_layer", 1e-6),
+        (2, "one_sided", 1e-6),
         (2, "loop_of_outputs", 1e-6),
         (2, "loop_that_records", 1e-6),
         (2, "loop_that_is_eager", 1e-6),
@@ -157,6 +158,14 @@ def test_replicas_train_as_one_device(count, name, tolerance):
         # Logs and outputs are consequences of the weights, and larger than these.
         of_weights = what in ("weights", "resumed", "loaded")
         assert difference <= tolerance * (1 if of_weights else 20), what
+
+
+def test_variants_on_units_are_those_of_each_replica():
+    found = result(2, "variants_on_units")
+    for variant in ("units", "std_hinge"):
+        assert f"The variant '{variant}' of LBE" in found[f"{variant} True"]
+        assert "synchronized=False" in found[f"{variant} True"]
+        assert found[f"{variant} False"] is True
 
 
 def test_the_strength_changes_on_all_replicas():

@@ -58,7 +58,8 @@ def test_normalization(lines):
     header, *rows = lines("normalization")
     assert [row.split()[0] for row in rows] == ["none", "batch", "layer", "selu", "lbe"]
     last = {row.split()[0]: numbers(row)[2] for row in rows}
-    assert last["none"] < 0.1 < min(last[kind] for kind in ("batch", "layer", "selu"))
+    normalized = [last[kind] for kind in ("batch", "layer", "selu")]
+    assert 0 < 5 * last["none"] < min(normalized) and last["lbe"] > last["none"]
 
 
 def test_residual(lines):

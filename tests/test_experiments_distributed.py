@@ -169,6 +169,23 @@ def test_devices_give_the_numbers_of_one(npz, alone, tmp_path):
     assert "devices" not in written["settings"]
 
 
+# Keras clips what each replica has of a gradient, and not their sum.
+UNCLIPPED = "--global-clipnorm 0 --dtype float64"
+KINDS = {
+    "residual": "--model residual --norm batch",
+    "vae": "--model vae --latent 3",
+    "transformer": "--model transformer --data text --context 999 --depth 1",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_nets_have_the_numbers_of_one_device(npz, alone, tmp_path, kind):
+    folder, more = tmp_path / "run", ("--lbe", *UNCLIPPED.split(), *KINDS[kind].split())
+    with started(words(npz, folder, *more, "--devices", 2)) as process:
+        assert_ends(process, 0)
+    assert_same_numbers(folder, alone(*more), "with_lbe")
+
+
 def test_two_processes_of_the_readme_give_the_numbers_of_one(npz, alone, tmp_path):
     """And a run of two workers goes on with one device."""
     expected = alone()

@@ -201,6 +201,9 @@ class _Layers:
                 s.initializer, s.activation, number if pairs else 1, self.seed()
             ),
             "dtype": s.dtype,
+            # Batch normalization takes a bias away again: its gradient would be
+            # rounding alone, which Adam makes steps of.
+            "use_bias": norm != "batch",
         }
         last = {
             "activation": s.activation,

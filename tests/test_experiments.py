@@ -186,7 +186,7 @@ def test_presets_and_overriding():
     assert (demo.data, demo.activation) == ("digits", "gelu")
     assert demo.default_name() == "demo"
     shorter = Settings.from_mapping({**PRESETS["demo"], "epochs": 3})
-    assert shorter.default_name().startswith("digits-dense-200x64-")
+    assert shorter.default_name().startswith("digits-dense-50x64-")
     assert port.default_name() == "port-mnist"
     other = Settings.from_mapping({**PRESETS["port-mnist"], "depth": 4, "nets": []})
     assert (other.depth, other.width) == (4, 128)

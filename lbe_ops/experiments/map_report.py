@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from lbe_ops.experiments.results import replacing
-from lbe_ops.experiments.trial import Trial
+from lbe_ops.experiments.trial import ARMS, Trial
 
 Rows = Sequence[tuple[Trial, dict[str, float]]]
 
@@ -94,8 +94,8 @@ def cells(rows: Rows, axes: Iterable[str]) -> dict[tuple, dict[str, Cell]]:
         rates = by_rate.setdefault(place, {}).setdefault(trial.arm, {})
         rates.setdefault(trial.learning_rate, []).append((trial, outcome))
     return {
-        place: {arm: _best(rates) for arm, rates in arms.items()}
-        for place, arms in by_rate.items()
+        place: {arm: _best(rates) for arm, rates in by_rate[place].items()}
+        for place in sorted(by_rate)
     }
 
 
@@ -114,7 +114,7 @@ def _best(rates: dict[float, list]) -> Cell:
 def table(rows: Rows, axes: Sequence[str]) -> str:
     """A line per combination of the axes: every arm, and its gain over `none`."""
     found = cells(rows, axes)
-    arms = list(dict.fromkeys(trial.arm for trial, _ in rows))
+    arms = [arm for arm in ARMS if any(trial.arm == arm for trial, _ in rows)]
     header = [*axes, *arms, *(f"{arm} - none" for arm in arms if arm != "none")]
     lines = [header, ["---"] * len(header)]
     for place in found:

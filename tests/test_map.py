@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import importlib.util
 import itertools
+import pathlib
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -206,6 +210,86 @@ def test_a_failing_process_is_an_error(monkeypatch, tmp_path, capfd):
 
 
 # Statistics
+
+
+@pytest.fixture(scope="module")
+def hypotheses():
+    """The script that tests the hypotheses, as a module."""
+    path = pathlib.Path(__file__).parents[1] / "benchmarks" / "map_hypotheses.py"
+    specification = importlib.util.spec_from_file_location("map_hypotheses", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def write_maps(folder: pathlib.Path, trains: Callable[[Trial], bool]) -> None:
+    """All blocks, as if exactly these trials had trained."""
+    for block in ("shallow", "m1", "m1_claims", "m2", "m3"):
+        rows = []
+        for trial in trainability.BLOCKS[block]():
+            good = trains(trial)
+            noise = np.random.default_rng(len(rows)).uniform(0, 0.004)
+            outcome = {"val_accuracy": (0.95 if good else 0.1) + noise}
+            for feature in map_report.FEATURES:
+                outcome |= {f"{feature}_{s}": 1 + good + noise for s in (0, 50)}
+            rows.append(dataclasses.asdict(trial) | outcome)
+        with (folder / f"{block}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def test_hypotheses_hold_where_the_trials_say_so(hypotheses, tmp_path):
+    def as_hoped(trial: Trial) -> bool:
+        if trial.depth <= 10 or trial.initializer == "looks_linear":
+            return True
+        if trial.gain > 1:
+            return trial.arm != "none"
+        if trial.activation == "sigmoid":
+            return trial.arm == "lbe" and trial.depth <= 20
+        if trial.activation == "tanh":
+            return trial.initializer == "critical_orthogonal" or trial.depth < 100
+        return trial.depth <= (50 if trial.arm.startswith("lbe") else 20)
+
+    write_maps(tmp_path, as_hoped)
+    found = {each.name: each for each in hypotheses.verdicts(tmp_path)}
+    assert list(found) == [f"H{number}" for number in range(10)]
+    assert {name for name, each in found.items() if each.holds} == set(found)
+    assert found["H1"].evidence.startswith(
+        "50 layers with LBE, 20 without; at 50: +0.8"
+    )
+    assert found["H1"].p == 2 / 256
+    assert "8/8 with LBE, 0/8 without" in found["H3"].evidence
+
+
+def test_hypotheses_are_refuted_where_the_trials_say_so(hypotheses, tmp_path):
+    def otherwise(trial: Trial) -> bool:
+        if trial.depth == 3:
+            return trial.arm == "none"
+        if trial.activation == "sigmoid":
+            return False
+        if trial.initializer == "looks_linear" or trial.activation == "tanh":
+            return trial.arm == "none"
+        if trial.initializer != "glorot_uniform" and trial.activation == "relu":
+            return trial.arm in ("lbe", "lbe_until_50") and trial.gain == 1
+        return trial.seed % 2 == 0 or trial.arm == "none"
+
+    write_maps(tmp_path, otherwise)
+    found = {each.name: each.holds for each in hypotheses.verdicts(tmp_path)}
+    # The measurements of these files are those of the outcome, whatever that is.
+    assert [name for name, holds in found.items() if holds] == ["H9"]
+    text = hypotheses.table(hypotheses.verdicts(tmp_path))
+    assert text.count("**refuted**") >= 9
+
+
+def test_a_hypothesis_is_open_while_trials_are_missing(hypotheses, tmp_path):
+    write_maps(tmp_path, lambda trial: True)
+    path = tmp_path / "m2.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-3]))
+    found = {each.name: each for each in hypotheses.verdicts(tmp_path)}
+    assert found["H7"].holds is None
+    assert found["H7"].evidence == "3 trials are missing"
+    assert [n for n, each in found.items() if each.holds is None] == ["H7", "H9"]
 
 
 def rows_of(accuracies: dict[tuple[str, float], list[float]]) -> list:

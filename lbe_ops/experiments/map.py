@@ -128,6 +128,22 @@ BLOCKS: dict[str, Callable[[], list[Trial]]] = {
     "m1": lambda: _activations(
         depth=(10, 20, 50, 100), learning_rate=(3e-4, 1e-3), arm=BOTH, seed=(1, 2, 3)
     ),
+    # Five more seeds where something is claimed.
+    "m1_claims": lambda: [
+        trial
+        for activation in ("relu", "gelu")
+        for trial in grid(
+            activation=activation,
+            initializer=INITIALIZERS[activation],
+            depth=(10, 20, 50, 100),
+            learning_rate=(3e-4, 1e-3),
+            arm=BOTH,
+            seed=range(4, 9),
+        )
+    ],
+    "m1_200": lambda: _activations(
+        depth=200, learning_rate=(3e-4, 1e-3), arm=BOTH, seed=(1, 2, 3)
+    ),
     "m1_500": lambda: _activations(
         depth=500, learning_rate=(1e-4, 3e-4), arm=BOTH, seed=(1, 2, 3)
     ),

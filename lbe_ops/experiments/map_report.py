@@ -8,6 +8,7 @@ chooses its own out of the same, by the mean over the seeds.
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
@@ -225,11 +226,14 @@ def prediction(rows: Rows, held_out: str, steps: Sequence[int] = (0, 50)) -> dic
 
     Returns:
         `auc`, and `auc_entropy` of the least entropy alone, in the same way; and the
-        number of `trials` and of the `trained` ones among them.
+        number of `trials` and of the `trained` ones among them. NaN where all of the
+        activation's trials, or all others, have the same end.
     """
     y = np.array([trained(*row) for row in rows])
     held = np.array([trial.activation == held_out for trial, _ in rows])
     result = {"trials": int(held.sum()), "trained": int(y[held].sum())}
+    if len(set(y[held])) < 2 or len(set(y[~held])) < 2:
+        return {**result, "auc": math.nan, "auc_entropy": math.nan}
     for name, features in (("auc", FEATURES), ("auc_entropy", ("h_min",))):
         x = np.array(
             [

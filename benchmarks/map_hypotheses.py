@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the trainability map says of the hypotheses that were written down before it.
+
+    python benchmarks/map_hypotheses.py benchmarks/results/map
+
+reads the CSV files of `lbe-ops map` in the folder, tests each hypothesis of its README
+by the rule that stands there, and writes `verdicts.md` beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from lbe_ops.experiments import map as trainability
+from lbe_ops.experiments.map_report import (
+    Cell,
+    cells,
+    holm,
+    mean_interval,
+    prediction,
+    sign_flip,
+    trainable_depths,
+    wilson,
+)
+from lbe_ops.experiments.results import replacing
+from lbe_ops.experiments.trial import Trial
+
+MARGIN = 0.02
+DEFAULTS = ("glorot_uniform", "he_normal")
+Rows = list[tuple[Trial, dict[str, float]]]
+
+
+class Verdict(NamedTuple):
+    """Of one hypothesis; p is None where it is about an interval or a depth."""
+
+    name: str
+    holds: bool | None
+    evidence: str
+    p: float | None = None
+
+
+def paired(first: Cell, second: Cell) -> list[float]:
+    """Differences of accuracies, first minus second, of the seeds that both have."""
+    both = sorted(first.accuracies.keys() & second.accuracies.keys())
+    return [first.accuracies[seed] - second.accuracies[seed] for seed in both]
+
+
+def gains(rows: Rows, arm: str = "lbe", base: str = "none") -> list[float]:
+    """Paired differences of two arms, over all cells and seeds."""
+    axes = ("activation", "initializer", "depth", "gain")
+    found = cells(rows, axes).values()
+    return [
+        d
+        for arms in found
+        if {arm, base} <= arms.keys()
+        for d in paired(arms[arm], arms[base])
+    ]
+
+
+def of(rows: Rows, **values: object) -> Rows:
+    """The trials with these values; a tuple names several."""
+
+    def fits(trial: Trial) -> bool:
+        return all(
+            getattr(trial, name) in (value if isinstance(value, tuple) else (value,))
+            for name, value in values.items()
+        )
+
+    return [row for row in rows if fits(row[0])]
+
+
+def depth(rows: Rows, **values: object) -> int:
+    """The trainable depth of the best of these trials; 0 where none is trained."""
+    return max(
+        trainable_depths(of(rows, **values), lambda trial: True).values(), default=0
+    )
+
+
+def span(values: list[float]) -> str:
+    """A mean with its interval."""
+    low, high = mean_interval(values)
+    return f"{np.mean(values):+.3f} [{low:+.3f}, {high:+.3f}], n = {len(values)}"
+
+
+def inside(values: list[float]) -> bool:
+    """Whether the interval of the mean lies within the margin of no difference."""
+    low, high = mean_interval(values)
+    return low >= -MARGIN and high <= MARGIN
+
+
+def h0(rows: Rows) -> Verdict:
+    """Shallow nets."""
+    by_activation = {
+        activation: gains(of(rows, depth=3, activation=activation))
+        for activation in trainability.INITIALIZERS
+    }
+    text = "; ".join(f"{name} {span(each)}" for name, each in by_activation.items())
+    return Verdict("H0", all(map(inside, by_activation.values())), text)
+
+
+def h1(rows: Rows) -> Verdict:
+    """GELU from the initializers that Keras' users take."""
+    gelu = of(rows, activation="gelu", initializer=DEFAULTS)
+    without, with_lbe = depth(gelu, arm="none"), depth(gelu, arm="lbe")
+    best: dict[tuple[int, str], Cell] = {}
+    for (layers, _), arms in cells(gelu, ("depth", "initializer")).items():
+        for arm, cell in arms.items():
+            key = (layers, arm)
+            if key not in best or cell.mean > best[key].mean:
+                best[key] = cell
+    most = max(
+        (layers for layers, _ in best),
+        key=lambda layers: best[layers, "lbe"].mean - best[layers, "none"].mean,
+    )
+    differences = paired(best[most, "lbe"], best[most, "none"])
+    p = sign_flip(differences)
+    text = (
+        f"{with_lbe} layers with LBE, {without} without; at {most}: {span(differences)}"
+    )
+    return Verdict(
+        "H1", with_lbe >= 2 * without and with_lbe > 0 and p <= 0.05, text, p
+    )
+
+
+def h2(rows: Rows) -> Verdict:
+    """GELU against initializers that know the scale."""
+    gelu = of(rows, activation="gelu")
+    ours = depth(gelu, initializer="he_normal", arm="lbe")
+    rivals = {
+        name: depth(gelu, initializer=name, arm="none")
+        for name in ("lsuv", "critical_orthogonal")
+    }
+    text = f"he_normal with LBE {ours}, without LBE: {rivals}"
+    return Verdict("H2", all(ours >= each for each in rivals.values()), text)
+
+
+def h3(rows: Rows) -> Verdict:
+    """ReLU, scale gone."""
+    relu = of(rows, activation="relu")
+    arms = cells(of(relu, initializer="glorot_uniform", depth=50), ("depth",))[50,]
+    shares = {
+        arm: (arms[arm].trained, len(arms[arm].accuracies)) for arm in ("none", "lbe")
+    }
+    # Newcombe's interval of a difference of shares.
+    (a, n), (b, m) = shares["lbe"], shares["none"]
+    low = a / n - b / m - np.hypot(a / n - wilson(a, n)[0], wilson(b, m)[1] - b / m)
+    linear = cells(of(relu, initializer="looks_linear", depth=100), ("depth",))[100,]
+    ours = cells(of(relu, initializer="glorot_uniform", depth=100), ("depth",))[100,]
+    behind = paired(linear["none"], ours["lbe"])
+    p = sign_flip(paired(arms["lbe"], arms["none"]))
+    text = (
+        f"trained at 50: {a}/{n} with LBE, {b}/{m} without, lift at least {low:+.2f}; "
+        f"looks_linear without LBE minus LBE at 100: {span(behind)}"
+    )
+    return Verdict(
+        "H3", a / n - b / m >= 0.5 and mean_interval(behind)[0] >= MARGIN, text, p
+    )
+
+
+def h4(rows: Rows) -> Verdict:
+    """ReLU, rank gone."""
+    inits = ("he_normal", "critical_orthogonal", "lsuv")
+    found = gains(of(rows, activation="relu", initializer=inits, depth=100, gain=1.0))
+    return Verdict("H4", mean_interval(found)[0] <= 0, span(found))
+
+
+def h5(rows: Rows) -> Verdict:
+    """Isometries."""
+    pairs = (("relu", "looks_linear"), ("tanh", "critical_orthogonal"))
+    found = {
+        f"{activation} {layers}": gains(
+            of(rows, activation=activation, initializer=initializer, depth=layers)
+        )
+        for activation, initializer in pairs
+        for layers in (10, 20, 50, 100)
+    }
+    text = "; ".join(f"{name}: {span(each)}" for name, each in found.items())
+    return Verdict("H5", all(map(inside, found.values())), text)
+
+
+def h6(rows: Rows) -> Verdict:
+    """Sigmoid."""
+    sigmoid = of(rows, activation="sigmoid")
+    without, with_lbe = depth(sigmoid, arm="none"), depth(sigmoid, arm="lbe")
+    text = f"{with_lbe} layers with LBE, {without} without"
+    return Verdict("H6", with_lbe >= 2 * without and with_lbe > 0, text)
+
+
+def h7(rows: Rows) -> Verdict:
+    """Too large a scale."""
+    found = gains(of(rows, gain=(1.15, 1.4)))
+    return Verdict("H7", mean_interval(found)[0] > 0, span(found))
+
+
+def h8(rows: Rows) -> Verdict:
+    """LBE for the first steps alone."""
+    found = gains(rows, "lbe_until_200", "lbe")
+    return Verdict("H8", mean_interval(found)[1] >= -MARGIN, span(found))
+
+
+def h9(rows: Rows) -> Verdict:
+    """Measurement predicts."""
+    found = prediction(rows, "gelu")
+    text = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+    told = None if np.isnan(found["auc"]) else found["auc"] >= 0.9
+    return Verdict("H9", told, text)
+
+
+# What each needs: its blocks, all of whose trials must have been run.
+HYPOTHESES: dict[Callable[[Rows], Verdict], tuple[str, ...]] = {
+    h0: ("shallow",),
+    **dict.fromkeys((h1, h2, h3, h4, h5, h6), ("m1", "m1_claims")),
+    h7: ("m2",),
+    h8: ("m3",),
+    h9: ("m1",),
+}
+
+
+def verdicts(folder: pathlib.Path) -> Iterator[Verdict]:
+    """The verdict on each hypothesis, in their order."""
+    for hypothesis, blocks in HYPOTHESES.items():
+        rows: Rows = []
+        missing = 0
+        for block in blocks:
+            path = folder / f"{block}.csv"
+            found = trainability.read(path) if path.exists() else []
+            wanted = set(trainability.BLOCKS[block]())
+            missing += len(wanted - {trial for trial, _ in found})
+            rows += [row for row in found if row[0] in wanted]
+        if missing:
+            name, text = hypothesis.__name__.upper(), f"{missing} trials are missing"
+            yield Verdict(name, None, text)
+        else:
+            yield hypothesis(rows)
+
+
+def table(found: Iterable[Verdict]) -> str:
+    """All verdicts; p-values of several tests are adjusted by Holm's method."""
+    found = list(found)
+    tested = [verdict for verdict in found if verdict.p is not None]
+    adjusted = dict(
+        zip((v.name for v in tested), holm([v.p for v in tested]), strict=True)
+    )
+    lines = ["| | | evidence | p (Holm) |", "|---|---|---|---|"]
+    for verdict in found:
+        says = {True: "holds", False: "**refuted**", None: "open"}[verdict.holds]
+        p = adjusted.get(verdict.name)
+        number = "" if p is None else f"{p:.3g}"
+        lines.append(f"| {verdict.name} | {says} | {verdict.evidence} | {number} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=pathlib.Path)
+    folder = parser.parse_args().folder
+    text = table(verdicts(folder))
+    with replacing(folder / "verdicts.md") as temporary:
+        temporary.write_text(text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -176,6 +176,10 @@ def test_failing_download_names_the_alternative(monkeypatch):
 
 def test_presets_and_overriding():
     port = Settings(**PRESETS["port-mnist"])
+    for name, values in PRESETS.items():
+        assert Settings(**values).default_name() == name
+    for name in ("demo", "vae", "transformer"):
+        assert f"`{name}`" in command.DESCRIPTION
     assert (port.depth, port.width, port.batch_size, port.epochs) == (500, 128, 512, 50)
     assert (port.lbe_alpha, port.lbe_alpha_min, port.lbe_beta) == (3.0, 0.3, 1.0)
     assert port.lbe_strength == 1.5 / 512

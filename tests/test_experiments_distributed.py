@@ -25,7 +25,7 @@ import pytest
 from helpers import save_patterns
 
 from lbe_ops import native
-from lbe_ops.experiments import command, distribution, plots
+from lbe_ops.experiments import command, data, distribution, plots
 from lbe_ops.experiments.distribution import Cluster
 from lbe_ops.experiments.errors import ExperimentError
 
@@ -41,6 +41,7 @@ TINY = (
     "--schedule constant --initializer glorot_uniform"
 )
 TIMEOUT = 300.0
+SOURCES = data.SOURCES[:2]  # of text, to be quick
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,7 @@ def alone(npz, tmp_path_factory):
             folder = tmp_path_factory.mktemp("alone") / "run"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(plots, "draw", lambda *arguments: None)
+                patch.setattr(data, "SOURCES", SOURCES)
                 patch.delenv("TF_CONFIG", raising=False)
                 assert command.main(words(npz, folder, *more)) == 0
             made[more] = folder
@@ -99,7 +101,8 @@ def started(
     """The command in a process of its own, which is gone after the block."""
     program = (
         "import sys; from lbe_ops import synchronized; "
-        "from lbe_ops.experiments import command; "
+        "from lbe_ops.experiments import command, data; "
+        f"data.SOURCES = {SOURCES!r}; "
         f"synchronized.TIMEOUT_SECONDS = {seconds}; sys.exit(command.main())"
     )
     process = subprocess.Popen(
@@ -174,7 +177,7 @@ UNCLIPPED = "--global-clipnorm 0 --dtype float64"
 KINDS = {
     "residual": "--model residual --norm batch",
     "vae": "--model vae --latent 3",
-    "transformer": "--model transformer --data text --context 999 --depth 1",
+    "transformer": "--model transformer --data text --context 90 --depth 1",
 }
 
 

@@ -48,7 +48,30 @@ def build(
     lbe: bool,
     spread: bool = False,
 ) -> keras.Model:
-    """A compiled net of `depth` hidden layers.
+    """A compiled net of `depth` hidden layers; see `network`."""
+    net = network(settings, shape, classes, lbe, spread)
+    task = task_of(settings)
+    net.compile(
+        optimizer=_optimizer(settings),
+        loss=task.loss(),
+        # Instances, not names: a metric that Keras makes while it traces the first
+        # step makes it trace that step twice.
+        metrics=task.metrics(),
+        steps_per_execution=settings.steps_per_execution,
+        jit_compile=False,
+    )
+    net.optimizer.build(net.trainable_variables)
+    return net
+
+
+def network(
+    settings: Settings,
+    shape: tuple[int, ...],
+    classes: int,
+    lbe: bool,
+    spread: bool = False,
+) -> keras.Model:
+    """A net of `depth` hidden layers.
 
     The initial weights depend on the settings alone: they are the same with and
     without LBE.
@@ -74,27 +97,14 @@ def build(
         )
     body = BODIES.get(settings.model, _plain)
     inputs, outputs = body(_Layers(settings, lbe, spread), shape, classes)
-    if lbe or spread:
-        net = LBEModel(
-            inputs,
-            outputs,
-            LBE_strength=settings.lbe_strength,
-            weigh_by_samples=spread,
-        )
-    else:
-        net = keras.Model(inputs, outputs)
-    task = task_of(settings)
-    net.compile(
-        optimizer=_optimizer(settings),
-        loss=task.loss(),
-        # Instances, not names: a metric that Keras makes while it traces the first
-        # step makes it trace that step twice.
-        metrics=task.metrics(),
-        steps_per_execution=settings.steps_per_execution,
-        jit_compile=False,
+    if not (lbe or spread):
+        return keras.Model(inputs, outputs)
+    return LBEModel(
+        inputs,
+        outputs,
+        LBE_strength=settings.lbe_strength,
+        weigh_by_samples=spread,
     )
-    net.optimizer.build(net.trainable_variables)
-    return net
 
 
 def check(settings: Settings, x: np.ndarray, classes: int) -> None:
@@ -367,14 +377,20 @@ def initializer(
     return type(found).from_config(config)
 
 
+def hidden_kernels(net: keras.Model) -> list[keras.Variable]:
+    """The kernels of the hidden layers, from first to last."""
+    return [layer.kernel for layer in net.layers if _is_hidden(layer)]
+
+
 def scale_layers(net: keras.Model, x: Any) -> None:
     """Scales the kernels of the hidden layers by `lsuv`, on a batch of inputs."""
+    lsuv(net, x, layers=_is_hidden)
 
-    def is_hidden(layer: keras.layers.Layer) -> bool:
-        hidden = layer.name.startswith((HIDDEN, WEIGHTS))
-        return hidden and getattr(layer, "kernel", None) is not None
 
-    lsuv(net, x, layers=is_hidden)
+def _is_hidden(layer: keras.layers.Layer) -> bool:
+    """Whether these are the weights of a hidden layer."""
+    named = layer.name.startswith((HIDDEN, WEIGHTS))
+    return named and getattr(layer, "kernel", None) is not None
 
 
 def _optimizer(settings: Settings) -> keras.optimizers.Optimizer:

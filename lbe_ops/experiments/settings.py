@@ -275,6 +275,29 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 128,
         "epochs": 100,
     },
+    # Some minutes each, and no download.
+    "vae": {
+        "data": "digits",
+        "model": "vae",
+        "depth": 20,
+        "width": 64,
+        "initializer": "glorot_uniform",
+        "learning_rate": 1e-3,
+        "batch_size": 128,
+        "epochs": 60,
+    },
+    "transformer": {
+        "data": "text",
+        "model": "transformer",
+        "norm": "layer",
+        "depth": 4,
+        "width": 64,
+        "activation": "gelu",
+        "initializer": "he_normal",
+        "learning_rate": 2e-3,
+        "batch_size": 64,
+        "epochs": 5,
+    },
     # The TensorFlow port's own setting. Keras 2 divided its strength of 1.5 by the
     # batch size.
     "port-mnist": {

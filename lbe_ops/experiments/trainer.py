@@ -21,11 +21,9 @@ import tensorflow as tf
 
 from lbe_ops.experiments import data as data_module
 from lbe_ops.experiments import nets
-from lbe_ops.experiments.settings import LSUV
+from lbe_ops.experiments.settings import LSUV, Settings
 from lbe_ops.experiments.trial import ARMS, Trial
-from lbe_ops.layers import Dense_LBE
 from lbe_ops.measure import effective_rank, mean_cosine
-from lbe_ops.model import LBEModel
 from lbe_ops.ops import batch_entropy
 from lbe_ops.targets import AT_LEAST, default_targets
 
@@ -60,12 +58,16 @@ class Trainer:
         self._strength = tf.Variable(0.0)
         self._until = tf.Variable(0.0)
         self._cosine = tf.Variable(0.0)
-        self._hidden: list[keras.layers.Layer] = []
-        self.net = self._build(trial)
+        self.net = self._network(trial, lbe=True)
+        self.net.LBE_strength = _Schedule(self._strength_at)
+        self._alpha = default_targets(keras.layers.Dense(1, trial.activation))
+        hidden = [
+            layer for layer in self.net.layers if layer.name.startswith(nets.HIDDEN)
+        ]
         self._features = keras.Model(
-            self.net.input,
-            [*(layer.output for layer in self._hidden), self.net.output],
+            self.net.input, [*(layer.output for layer in hidden), self.net.output]
         )
+        self._kernels = nets.hidden_kernels(self.net)
         self._ce = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         self._weights = self.net.trainable_variables
         self._sizes = [math.prod(each.shape) for each in self._weights]
@@ -126,44 +128,31 @@ class Trainer:
             scores |= {f"{name}_ce": float(ce), f"{name}_accuracy": float(accuracy)}
         return {**scores, "seconds": time.perf_counter() - started, **outcome}
 
-    def _build(self, trial: Trial) -> LBEModel:
-        inputs = keras.Input(self.data.shape)
-        x = keras.layers.Flatten()(inputs)
-        for number in range(1, trial.depth + 1):
-            layer = Dense_LBE(
-                trial.width,
-                activation=trial.activation,
-                kernel_initializer="zeros",
-                LBE_alpha=AT_LEAST,  # of every trial its own
-                LBE_alpha_min=AT_LEAST,
-                name=f"hidden_{number}",
-            )
-            x = layer(x)
-            self._hidden.append(layer)
-        logits = keras.layers.Dense(self.data.classes, name="logits")(x)
-        return LBEModel(inputs, logits, LBE_strength=_Schedule(self._strength_at))
+    def _network(self, trial: Trial, lbe: bool) -> keras.Model:
+        return nets.network(
+            self._settings(trial), self.data.shape, self.data.classes, lbe
+        )
+
+    def _settings(self, trial: Trial) -> Settings:
+        names = ("model", "norm", "activation", "initializer", "depth", "width", "seed")
+        targets = {"lbe_alpha": AT_LEAST, "lbe_alpha_min": AT_LEAST}  # set by each arm
+        return Settings(**{name: getattr(trial, name) for name in names}, **targets)
 
     def _initialize(self, trial: Trial) -> None:
-        seeds = np.random.default_rng(trial.seed).integers(2**31, size=trial.depth + 1)
-        for number, (layer, seed) in enumerate(
-            zip(self._hidden, seeds, strict=False), start=1
-        ):
-            initializer = nets.initializer(
-                trial.initializer, trial.activation, number, int(seed)
-            )
-            layer.kernel.assign(trial.gain * initializer(layer.kernel.shape))
-            layer.bias.assign(tf.zeros_like(layer.bias))
-        logits = self.net.get_layer("logits")
-        glorot = keras.initializers.GlorotUniform(int(seeds[-1]))
-        logits.kernel.assign(glorot(logits.kernel.shape))
-        logits.bias.assign(tf.zeros_like(logits.bias))
+        """Gives all weights the values that `lbe-ops train` begins with."""
+        fresh = self._network(trial, lbe=False)
+        weights = [w for w in self.net.weights if w is not self.net.lbe_loss.alphas]
+        for weight, value in zip(weights, fresh.weights, strict=True):
+            weight.assign(value)
+        for kernel in self._kernels:
+            kernel.assign(trial.gain * kernel)
         if trial.initializer == LSUV:
             nets.scale_layers(self.net, self._x[:PROBE])
         arm = ARMS[trial.arm]
         alpha = arm.alpha
         if alpha is None:
-            alpha = default_targets(self._hidden[0])["lbe_alpha"]
-        self.net.lbe_loss.alphas.assign(tf.fill([trial.depth], alpha))
+            alpha = self._alpha["lbe_alpha"]
+        self.net.lbe_loss.alphas.assign(tf.fill(self.net.lbe_loss.alphas.shape, alpha))
         self._vector.assign(
             tf.concat([tf.reshape(each, [-1]) for each in self._weights], 0)
         )
@@ -224,7 +213,7 @@ class Trainer:
 
     def _measure_now(self) -> tuple[tf.Tensor, ...]:
         x, y = self._x[:PROBE], self._y[:PROBE]
-        kernels = [layer.kernel for layer in self._hidden]
+        kernels = [kernel.value for kernel in self._kernels]
         with tf.GradientTape() as tape:
             *hidden, logits = self._features(x)
             ce = self._ce(y, logits)

@@ -45,6 +45,7 @@ class Trial:
     """One training: what a line of the map's CSV begins with.
 
     Attributes:
+        model, norm: as of `lbe-ops train`; a model with a label for each sample.
         gain: factor of the initial hidden kernels.
         arm: a name of `ARMS`.
     """
@@ -56,6 +57,8 @@ class Trial:
     arm: str
     seed: int
     data: str = "digits"
+    model: str = "dense"
+    norm: str = "none"
     width: int = 64
     batch_size: int = 128
     steps: int = 1200
@@ -66,7 +69,8 @@ class Trial:
     def graph(self) -> tuple[Any, ...]:
         """What trials must have in common to be run by one `Trainer`."""
         return (
-            *(self.data, self.activation, self.depth, self.width, self.batch_size),
+            *(self.data, self.model, self.norm, self.activation),
+            *(self.depth, self.width, self.batch_size),
             *(self.epsilon, self.global_clipnorm),
         )
 

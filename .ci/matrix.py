@@ -31,8 +31,8 @@ OLDEST_PYTHON_OF_KERAS_3_13 = "3.11"
 QUICK_TESTS = "native numpy_module packaging"
 TENSORFLOW_TESTS = "ops epilogue synchronized_ops xla"
 KERAS_TESTS = (
-    "callbacks diagnose keras_internals layers loss measure migration model regularizer "
-    "targets"
+    "callbacks diagnose initializers keras_internals layers loss measure migration "
+    "model regularizer strength targets variants"
 )
 TOOLS = "hypothesis", "matplotlib", "pytest", "pytest-xdist", "tensorboard"
 

@@ -39,7 +39,7 @@ def main(quick):
     """Trains both nets and prints H of every tenth layer."""
     x, y = load_digits(return_X_y=True)
     x = (x / 16).astype("float32")
-    depth, width, epochs = (24, 32, 5) if quick else (50, 64, 20)
+    depth, width, epochs = (30, 32, 6) if quick else (50, 64, 20)
     for lbe in (False, True):
         model = build(depth, width, lbe)
         # All but the last of the dense layers: that one makes the logits.

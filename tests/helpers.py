@@ -201,6 +201,15 @@ def samples(*shape, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
+def logs_of_batch(step, x, y):
+    """The logs of `train_on_batch` or `test_on_batch` for this batch alone, as floats.
+
+    Before 3.14 Keras adds them to those of earlier batches.
+    """
+    step.__self__.reset_metrics()
+    return {name: float(x) for name, x in step(x, y, return_dict=True).items()}
+
+
 def save_patterns(folder, train, test):
     """The file of a small data set: noisy images of three patterns."""
     rng = np.random.default_rng(0)

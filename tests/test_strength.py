@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import require_xla, samples
+from helpers import logs_of_batch, require_xla, samples
 
 from lbe_ops import Dense_LBE, LBEModel, LBERegularizer, add_lbe, native
 
@@ -86,14 +86,14 @@ def test_the_next_step_has_another_number_and_no_other_trace(how):
     model, loss = build(0.25), Counted()
     model.compile("sgd", loss, **how)
     for step in (model.train_on_batch, model.test_on_batch):
-        assert strength_in(step(X, Y, return_dict=True)) == pytest.approx(0.25, 1e-4)
+        assert strength_in(logs_of_batch(step, X, Y)) == pytest.approx(0.25, 1e-4)
     before = loss.traces
     for strength in (0.1, 0, np.float32(0.75), 2):
         model.LBE_strength = strength
         assert type(model.LBE_strength) is float
         assert model.LBE_strength == strength
         for step in (model.train_on_batch, model.test_on_batch):
-            found = strength_in(step(X, Y, return_dict=True))
+            found = strength_in(logs_of_batch(step, X, Y))
             assert found == pytest.approx(float(strength), 1e-4, abs=1e-6)
     assert loss.traces == (before if "run_eagerly" not in how else before + 8)
 
@@ -139,7 +139,7 @@ def test_a_schedule_of_the_iterations(name, how):
     for step in range(7):
         expected = pytest.approx(by_hand(schedule, step), 1e-4, abs=1e-5)
         for function in (model.test_on_batch, model.train_on_batch):
-            assert strength_in(function(X, Y, return_dict=True)) == expected
+            assert strength_in(logs_of_batch(function, X, Y)) == expected
         traces.append(loss.traces)
     assert "run_eagerly" in how or len(set(traces[1:])) == 1
 
@@ -153,7 +153,7 @@ def test_a_schedule_in_steps_of_one_execution(accumulated):
     logs = model.fit(X, Y, batch_size=4, shuffle=False, verbose=0).history
     logs = {name: value for name, (value,) in logs.items()}
     of_batches = [
-        model.test_on_batch(X[i : i + 4], Y[i : i + 4], return_dict=True)["lbe"]
+        logs_of_batch(model.test_on_batch, X[i : i + 4], Y[i : i + 4])["lbe"]
         for i in range(0, 24, 4)
     ]
     strengths = [
@@ -217,7 +217,7 @@ def test_a_schedule_with_a_loss_scale():
         keras.optimizers.SGD(), initial_scale=8.0
     )
     model.compile(optimizer, "mse")
-    found = [strength_in(model.train_on_batch(X, Y, return_dict=True)) for _ in "12345"]
+    found = [strength_in(logs_of_batch(model.train_on_batch, X, Y)) for _ in "12345"]
     assert found == pytest.approx([0.5, 0.5, 0.5, 0, 0], abs=1e-3)
 
 
@@ -285,7 +285,7 @@ def test_what_is_no_strength_is_refused_and_changes_nothing(value, received):
         assert str(error.value).endswith(f"Received: LBE_strength={received}")
     model.compile("sgd", "mse")
     assert model.LBE_strength == 0.5
-    logs = model.train_on_batch(X, Y, return_dict=True)
+    logs = logs_of_batch(model.train_on_batch, X, Y)
     assert strength_in(logs) == pytest.approx(0.5, 1e-4)
     assert plain.layers[-1].activity_regularizer is None
 
@@ -356,12 +356,12 @@ def test_copies_and_files_have_the_present_strength(strength, kind, how, tmp_pat
     if how in ("configuration", "clone"):
         found.compile("adam", "mse")
     else:  # it goes on where the other stopped
-        expected = model.train_on_batch(X, Y, return_dict=True)
-        logs = found.train_on_batch(X, Y, return_dict=True)
+        expected = logs_of_batch(model.train_on_batch, X, Y)
+        logs = logs_of_batch(found.train_on_batch, X, Y)
         assert logs == pytest.approx(expected, rel=1e-5)
     model.LBE_strength = 0.9  # of this one alone
     found.LBE_strength = 0.2
-    logs = found.train_on_batch(X, Y, return_dict=True)
+    logs = logs_of_batch(found.train_on_batch, X, Y)
     assert strength_in(logs) == pytest.approx(0.2, 1e-4)
 
 

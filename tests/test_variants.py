@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from helpers import require_native, require_xla, samples
+from helpers import logs_of_batch, require_native, require_xla, samples
 
 from lbe_ops import LBE, Conv2D_LBE, Dense_LBE, LBEModel, LBERegularizer, native
 from lbe_ops.regularizer import ON_UNITS, VARIANTS
@@ -57,6 +57,20 @@ def how(request):
     return request.param
 
 
+def loss_and_gradients(regularizer, how):
+    """A function of activations: LBE, and its gradients by them and by alpha."""
+
+    def function(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = regularizer.loss(x, training=True)
+        return loss, tape.gradient(loss, [x, regularizer.lbe_alpha.value])
+
+    return (
+        function if how == "eager" else tf.function(function, jit_compile=how == "jit")
+    )
+
+
 FORMULAS = [{}, {"ddof": 1, "scale": 2.5, "offset": 0.25}, {"scale": 17.0, "offset": 0}]
 
 
@@ -69,15 +83,7 @@ def test_value_and_gradients(variant, alpha, formula, how):
     x = samples(8, 2, 3, dtype=np.float64) * [0.2, 0.7, 1.5]
     regularizer = LBERegularizer(alpha, 0.1, 0.5, variant=variant, **formula)
 
-    def function(x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            loss = regularizer.loss(x, training=True)
-        return loss, tape.gradient(loss, [x, regularizer.lbe_alpha.value])
-
-    if how != "eager":
-        function = tf.function(function, jit_compile=how == "jit")
-    loss, (by_x, by_alpha) = function(tf.constant(x))
+    loss, (by_x, by_alpha) = loss_and_gradients(regularizer, how)(tf.constant(x))
     alpha = float(regularizer.lbe_alpha)  # as float32 has it
     expected = expected_lbe(variant, x, alpha, **formula)
     assert loss.shape == () and float(loss) == pytest.approx(expected, rel=1e-9)
@@ -109,7 +115,7 @@ def test_an_lbe_model_has_them_in_its_loss(variants, alpha, how):
     keras.utils.set_random_seed(1)
     model = model_of(variants, alpha, LBE_strength=0.7)
     model.compile(keras.optimizers.SGD(0.0), "mse", **HOW[how])
-    logs = model.train_on_batch(X, Y, return_dict=True)
+    logs = logs_of_batch(model.train_on_batch, X, Y)
     lbe = []
     h = X
     for index, layer in enumerate(model.layers[1:5]):
@@ -118,7 +124,7 @@ def test_an_lbe_model_has_them_in_its_loss(variants, alpha, how):
     assert logs["lbe"] == pytest.approx(np.mean(lbe) * logs["ce"], rel=1e-4, abs=1e-9)
     assert logs["max_lbe"] == pytest.approx(np.max(lbe) * logs["ce"], rel=1e-4)
     assert logs["loss"] == pytest.approx(logs["ce"] + 0.7 * logs["lbe"], rel=1e-6)
-    evaluated = model.test_on_batch(X, Y, return_dict=True)
+    evaluated = logs_of_batch(model.test_on_batch, X, Y)
     assert evaluated["loss"] == pytest.approx(logs["loss"], rel=1e-5)
 
 
@@ -136,7 +142,7 @@ def test_a_model_follows_the_gradient_of_its_loss(variant):
 
     def loss(step):
         model.set_weights([kernel + step * direction, *before[1:]])
-        return model.test_on_batch(X, Y, return_dict=True)["loss"]
+        return logs_of_batch(model.test_on_batch, X, Y)["loss"]
 
     slope = (loss(1e-3) - loss(-1e-3)) / 2e-3
     assert slope == pytest.approx(np.linalg.norm(gradient), rel=0.02)
@@ -175,15 +181,7 @@ def test_what_does_not_vary_and_what_is_too_small_is_finite(variant, dtype, how)
     dead[:, 2] = samples(8) * 100
     for alpha in (0.0, 0.9):
         regularizer = LBERegularizer(alpha, 0.0, variant=variant, native=False)
-
-        def function(x, regularizer=regularizer):
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                loss = regularizer.loss(x, training=True)
-            return loss, tape.gradient(loss, [x, regularizer.lbe_alpha.value])
-
-        if how != "eager":
-            function = tf.function(function, jit_compile=how == "jit")
+        function = loss_and_gradients(regularizer, how)
         for values in (dead, dead[:, :1], dead[:1], dead[:0], np.full((1, 2), np.nan)):
             x = tf.cast(values, dtype)
             loss, gradients = function(x)
@@ -230,8 +228,8 @@ def test_files_keep_the_variant(variant, model, tmp_path):
     loaded = keras.models.load_model(tmp_path / "model.keras")
     regularizer = loaded.layers[1].activity_regularizer
     assert regularizer.variant == variant
-    expected = model.train_on_batch(X, Y, return_dict=True)
-    logs = loaded.train_on_batch(X, Y, return_dict=True)
+    expected = logs_of_batch(model.train_on_batch, X, Y)
+    logs = logs_of_batch(loaded.train_on_batch, X, Y)
     assert logs == pytest.approx(expected, rel=1e-5)
 
 

@@ -19,7 +19,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from lbe_ops.layers import Selection, select_layers
+from lbe_ops.layers import Selection, select_layers, with_attributes
 from lbe_ops.regularizer import check_finite
 
 
@@ -425,7 +425,8 @@ def _variance(
             "of `layers`, or call it eagerly."
         )
     has_one = "activation" in vars(layer)
-    with _replaced(layer, {"activation": keras.activations.linear} if has_one else {}):
+    linear = {"activation": keras.activations.linear} if has_one else {}
+    with with_attributes(layer, linear):
         outputs = keras.tree.flatten(call(*args, **kwargs))
     entries = [np.ravel(tf.cast(output, tf.float64)) for output in outputs]
     return float(np.var(np.concatenate(entries)))
@@ -439,21 +440,5 @@ def _calling(
     with contextlib.ExitStack() as stack:
         for layer in layers:
             call = functools.partial(function, layer, layer.call)
-            stack.enter_context(_replaced(layer, {"call": call}))
+            stack.enter_context(with_attributes(layer, {"call": call}))
         yield
-
-
-@contextlib.contextmanager
-def _replaced(layer: keras.layers.Layer, attributes: dict[str, Any]) -> Iterator[None]:
-    """Gives a layer other attributes, past Keras, which tracks what it is given."""
-    missing = object()
-    before = {name: vars(layer).get(name, missing) for name in attributes}
-    vars(layer).update(attributes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is missing:
-                del vars(layer)[name]
-            else:
-                vars(layer)[name] = value

@@ -7,8 +7,9 @@ existing model.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import keras
@@ -364,6 +365,24 @@ def add_lbe(
     else:
         inputs, outputs = model.input, model.output
     return LBEModel(inputs, outputs, LBE_strength=LBE_strength, name=model.name)
+
+
+@contextlib.contextmanager
+def with_attributes(
+    layer: keras.layers.Layer, attributes: dict[str, Any]
+) -> Iterator[None]:
+    """Gives a layer other attributes for a while, past Keras, which tracks such."""
+    missing = object()
+    before = {name: vars(layer).get(name, missing) for name in attributes}
+    vars(layer).update(attributes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is missing:
+                del vars(layer)[name]
+            else:
+                vars(layer)[name] = value
 
 
 def select_layers(model: keras.Model, layers: Selection) -> list[keras.layers.Layer]:

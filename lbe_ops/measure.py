@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from lbe_ops import ops, reference
 from lbe_ops.keras_internals import flatten_layers
-from lbe_ops.layers import Selection, select_layers
+from lbe_ops.layers import Selection, select_layers, with_attributes
 from lbe_ops.loss import find_regularizers
 
 
@@ -408,23 +408,14 @@ def _observed(
 ) -> Iterator[None]:
     """Lets Keras call an observer with every output of these layers.
 
-    It takes the place of the activity regularizer, past `__setattr__`: the layers' own
-    regularizers stay tracked.
+    It takes the place of the activity regularizer; the layers' own stay tracked.
     """
-    places = [
-        "activity_regularizer"
-        if "activity_regularizer" in vars(layer)
-        else "lbe_regularizer"  # of layers.py
-        for layer in layers
-    ]
-    kept = [vars(layer)[place] for layer, place in zip(layers, places, strict=True)]
-    try:
-        for layer, place in zip(layers, places, strict=True):
-            vars(layer)[place] = observer(layer)
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            plain = "activity_regularizer" in vars(layer)
+            place = "activity_regularizer" if plain else "lbe_regularizer"  # layers.py
+            stack.enter_context(with_attributes(layer, {place: observer(layer)}))
         yield
-    finally:
-        for layer, place, regularizer in zip(layers, places, kept, strict=True):
-            vars(layer)[place] = regularizer
 
 
 @contextlib.contextmanager

@@ -507,13 +507,17 @@ class LBERegularizer(keras.layers.Layer):
         self.lbe_alpha.assign(store["0"][()])
 
 
+def is_finite(value: Any, at_least: float = -math.inf) -> bool:
+    """Whether `value` is a finite number, `at_least` that large."""
+    try:
+        return math.isfinite(value) and value >= at_least
+    except (TypeError, OverflowError):
+        return False
+
+
 def check_finite(name: str, value: Any, at_least: float = -math.inf) -> None:
     """Raises ValueError unless `value` is a finite number, `at_least` that large."""
-    try:
-        valid = math.isfinite(value) and value >= at_least
-    except (TypeError, OverflowError):
-        valid = False
-    if not valid:
+    if not is_finite(value, at_least):
         bound = "" if at_least == -math.inf else f" >= {at_least:g}"
         raise ValueError(
             f"{name} must be a finite number{bound}. Received: {name}={value!r}"

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+from lbe_ops.regularizer import is_finite
 
 Schedule = keras.optimizers.schedules.LearningRateSchedule
 
@@ -24,11 +25,7 @@ def strength_of(value: Any) -> float | Schedule:
     scheduled = isinstance(value, Schedule)
     with tf.init_scope():
         number = float(value(tf.constant(0, tf.int64))) if scheduled else value
-        try:
-            valid = number >= 0 and math.isfinite(number)
-        except (TypeError, OverflowError):
-            valid = False
-        if not valid:
+        if not is_finite(number, at_least=0):
             raise ValueError(
                 "LBE_strength must be a finite number >= 0, or a "
                 "keras.optimizers.schedules.LearningRateSchedule whose values are. "

@@ -177,6 +177,15 @@ def test_an_interrupted_map_goes_on_where_it_was(smoke, tmp_path, capfd):
     assert path.read_bytes().startswith(b"".join(lines[:4]))
 
 
+def test_a_line_that_ends_within_its_last_number_does_not_count(tmp_path):
+    path = tmp_path / "map.csv"
+    trials = [dataclasses.replace(SMALL, seed=seed) for seed in (1, 2)]
+    for trial in trials:
+        trainability._append(path, trial, {"val_accuracy": 0.25})
+    path.write_text(path.read_text()[:-2])
+    assert trainability.read(path) == [(trials[0], {"val_accuracy": 0.25})]
+
+
 def test_a_foreign_file_is_not_touched(smoke, tmp_path, capsys):
     path = tmp_path / "smoke.csv"
     path.write_text("a,b\n1,2\n")
@@ -237,6 +246,15 @@ def write_maps(folder: pathlib.Path, trains: Callable[[Trial], bool]) -> None:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
+
+
+def test_every_block_of_the_hypotheses_has_a_report(tmp_path):
+    write_maps(tmp_path, lambda trial: trial.depth < 50)
+    for path in sorted(tmp_path.glob("*.csv")):
+        trainability._report(path.stem, path)
+        arms = {trial.arm for trial, _ in trainability.read(path)}
+        assert all(arm in path.with_suffix(".md").read_text() for arm in arms)
+        assert path.with_suffix(".png").exists() == (path.stem != "m3")
 
 
 def test_hypotheses_hold_where_the_trials_say_so(hypotheses, tmp_path):

@@ -231,8 +231,9 @@ def _run(arguments: argparse.Namespace) -> None:
             print(f"{title}: {time.perf_counter() - started:.0f} s", flush=True)
         if cluster.chief:
             task = task_of(settings)
-            plots.draw(folder, task.chance(data), task)
-            _summarize(folder, task.chance(data), task)
+            chance = task.chance(data)
+            plots.draw(folder, chance, task)
+            _summarize(folder, chance, task)
         distribution.wait_for_all(strategy, cluster)
 
 

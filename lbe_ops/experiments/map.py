@@ -202,6 +202,10 @@ def _run_block(block: str, arguments: argparse.Namespace, until: float) -> None:
     print(f"{block}: {len(trials)} trials, {len(missing)} to run", flush=True)
     if arguments.dry_run:
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        with replacing(path) as temporary:
+            temporary.write_text("".join(_whole_lines(path)))
     total, covered = _cost(missing), 0.0
     started = shown = time.monotonic()
     for number, (trial, outcome) in enumerate(
@@ -220,11 +224,12 @@ def _run_block(block: str, arguments: argparse.Namespace, until: float) -> None:
     _report(block, path)
 
 
-# The axes of a block's table, and of its pictures: vertical, horizontal, each panel.
+# The axes of a block's table, and of its picture (vertical, horizontal, each panel), if
+# it is of LBE on and off.
 CELL = ("activation", "initializer", "depth")
-REPORTS: dict[str, tuple[tuple[str, ...], tuple[str, str, str]]] = {
+REPORTS: dict[str, tuple[tuple[str, ...], tuple[str, str, str] | None]] = {
     "m2": (("depth", "gain"), ("depth", "gain", "activation")),
-    "m3": (CELL, ("initializer", "arm", "activation")),
+    "m3": (CELL, None),
     "m4": ((*CELL, "learning_rate"), ("initializer", "learning_rate", "activation")),
 }
 
@@ -236,7 +241,8 @@ def _report(block: str, path: pathlib.Path) -> None:
     table, picture = REPORTS.get(block, (CELL, ("initializer", "depth", "activation")))
     with replacing(path.with_suffix(".md")) as temporary:
         temporary.write_text(map_report.table(rows, table))
-    map_report.draw(rows, path.with_suffix(".png"), *picture)
+    if picture is not None:
+        map_report.draw(rows, path.with_suffix(".png"), *picture)
 
 
 def chunks(trials: Sequence[Trial], processes: int) -> list[list[Trial]]:
@@ -321,26 +327,24 @@ def read(path: pathlib.Path) -> list[tuple[Trial, dict[str, float]]]:
     convert = {"str": str, "int": int, "float": float}
     rows = []
     try:
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if None in row.values():
-                    continue  # a line that was not written to its end
-                trial = {n: convert[kind](row.pop(n)) for n, kind in fields.items()}
-                rows.append((Trial(**trial), {k: float(v) for k, v in row.items()}))
-    except (OSError, KeyError, ValueError) as error:
+        for row in csv.DictReader(_whole_lines(path)):
+            trial = {n: convert[kind](row.pop(n)) for n, kind in fields.items()}
+            rows.append((Trial(**trial), {k: float(v) for k, v in row.items()}))
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ExperimentError(f"{path} is not a file of this map: {error}") from error
     return rows
 
 
+def _whole_lines(path: pathlib.Path) -> list[str]:
+    """The lines of a file but for one that was not written to its end."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]
+
+
 def _append(path: pathlib.Path, trial: Trial, outcome: dict[str, float]) -> None:
-    """Adds a line; a file that was cut off in the middle of one is mended before."""
-    row = {**dataclasses.asdict(trial)}
+    """Adds a line to a file that ends with a whole one."""
+    row = dataclasses.asdict(trial)
     row |= {name: f"{value:.6g}" for name, value in outcome.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.read_bytes().endswith(b"\n"):
-        lines = path.read_bytes().splitlines(keepends=True)
-        with replacing(path) as temporary:
-            temporary.write_bytes(b"".join(lines[:-1]))
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, row, lineterminator="\n")
         if file.tell() == 0:

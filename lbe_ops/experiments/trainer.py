@@ -23,7 +23,7 @@ from lbe_ops.experiments import data as data_module
 from lbe_ops.experiments import nets
 from lbe_ops.experiments.settings import LSUV, Settings
 from lbe_ops.experiments.trial import ARMS, Trial
-from lbe_ops.measure import effective_rank, mean_cosine
+from lbe_ops.measure import as_tensors, effective_rank, mean_cosine
 from lbe_ops.ops import batch_entropy
 from lbe_ops.targets import AT_LEAST, default_targets
 
@@ -48,8 +48,8 @@ class Trainer:
 
     def __init__(self, trial: Trial) -> None:
         self.data = data_module.load(trial.data)
-        self._x, self._y = _tensors(self.data.x_train, self.data.y_train)
-        self._validation = _tensors(self.data.x_test, self.data.y_test)
+        self._x, self._y = as_tensors((self.data.x_train, self.data.y_train))
+        self._validation = as_tensors((self.data.x_test, self.data.y_test))
         self._graph_of = trial.graph()
         # Of the trial that runs.
         self._rate = tf.Variable(0.0)
@@ -60,7 +60,8 @@ class Trainer:
         self._cosine = tf.Variable(0.0)
         self.net = self._network(trial, lbe=True)
         self.net.LBE_strength = _Schedule(self._strength_at)
-        self._alpha = default_targets(keras.layers.Dense(1, trial.activation))
+        layer = keras.layers.Dense(1, trial.activation)
+        self._default_alpha = default_targets(layer)["lbe_alpha"]
         hidden = [
             layer for layer in self.net.layers if layer.name.startswith(nets.HIDDEN)
         ]
@@ -149,9 +150,7 @@ class Trainer:
         if trial.initializer == LSUV:
             nets.scale_layers(self.net, self._x[:PROBE])
         arm = ARMS[trial.arm]
-        alpha = arm.alpha
-        if alpha is None:
-            alpha = self._alpha["lbe_alpha"]
+        alpha = self._default_alpha if arm.alpha is None else arm.alpha
         self.net.lbe_loss.alphas.assign(tf.fill(self.net.lbe_loss.alphas.shape, alpha))
         self._vector.assign(
             tf.concat([tf.reshape(each, [-1]) for each in self._weights], 0)
@@ -252,7 +251,3 @@ class _Schedule(keras.optimizers.schedules.LearningRateSchedule):
 
     def __call__(self, step: Any) -> tf.Tensor:
         return self._function(tf.cast(step, tf.float32))
-
-
-def _tensors(x: np.ndarray, y: np.ndarray) -> tuple[tf.Tensor, tf.Tensor]:
-    return tf.constant(x), tf.constant(y)

@@ -98,17 +98,21 @@ def test_every_arm_does_what_it_says(trainer):
     assert (alphas_after("lbe_fixed_alpha") == 1).all()
     assert (alphas_after("lbe") != 1).all()
     assert np.abs(alphas_after("lbe_alpha_3") - 3).max() < 1
-    outcomes = {
-        arm: trainer.run(dataclasses.replace(SMALL, arm=arm))["train_ce"]
-        for arm in ARMS
-    }
+    outcomes = {}
+    for arm in ARMS:
+        trial = dataclasses.replace(SMALL, arm=arm)
+        one = trainer if trial.graph() == SMALL.graph() else Trainer(trial)
+        outcomes[arm] = one.run(trial)["train_ce"]
+        layer = one.net.get_layer("hidden_1")
+        assert layer.activity_regularizer.variant == ARMS[arm].variant
     different = {
         frozenset(pair)
         for pair in itertools.combinations(ARMS, 2)
         if outcomes[pair[0]] == outcomes[pair[1]]
     }
-    # 60 steps are over before the 200th.
-    assert different <= {frozenset(("lbe", "lbe_until_200"))}
+    # 60 steps are over before the 200th, and no layer is above its alpha then.
+    same = itertools.combinations(("lbe", "lbe_until_200", "lbe_one_sided"), 2)
+    assert different <= set(map(frozenset, same))
 
 
 def test_another_graph_is_refused(trainer):

@@ -159,6 +159,30 @@ BLOCKS: dict[str, Callable[[], list[Trial]]] = {
         arm=BOTH,
         seed=range(1, 6),
     ),
+    # Other nets: residual ones with and without normalization, convolutions.
+    "m5": lambda: [
+        *grid(
+            model="residual",
+            norm=("none", "batch"),
+            activation=("relu", "gelu"),
+            initializer="he_normal",
+            depth=(20, 50, 100),
+            learning_rate=(3e-4, 1e-3),
+            arm=BOTH,
+            seed=(1, 2, 3),
+        ),
+        *grid(
+            model="conv",
+            width=16,
+            activation=("relu", "gelu"),
+            initializer=("glorot_uniform", "he_normal", "lsuv"),
+            depth=(20, 50),
+            learning_rate=1e-3,
+            arm=BOTH,
+            seed=(1, 2, 3),
+            steps=600,
+        ),
+    ],
 }
 
 
@@ -231,6 +255,7 @@ REPORTS: dict[str, tuple[tuple[str, ...], tuple[str, str, str] | None]] = {
     "m2": (("depth", "gain"), ("depth", "gain", "activation")),
     "m3": (CELL, None),
     "m4": ((*CELL, "learning_rate"), ("initializer", "learning_rate", "activation")),
+    "m5": (("model", "norm", *CELL), None),
 }
 
 

@@ -177,7 +177,9 @@ class _Layers:
         s = self.settings
         if not self.lbe:
             return None
-        return LBERegularizer(s.lbe_alpha, s.lbe_alpha_min, s.lbe_beta)
+        return LBERegularizer(
+            s.lbe_alpha, s.lbe_alpha_min, s.lbe_beta, variant=s.lbe_variant
+        )
 
     def input(self, layer: type[keras.layers.Layer], *args: Any, **kwargs: Any) -> Any:
         """The first layer, with LBE if that is asked for."""

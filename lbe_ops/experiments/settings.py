@@ -14,6 +14,7 @@ from typing import Any
 import keras
 
 from lbe_ops.experiments.errors import ExperimentError
+from lbe_ops.regularizer import ON_UNITS, VARIANTS
 
 MODELS = (
     *("dense", "conv", "residual", "residual_conv"),
@@ -27,6 +28,7 @@ SCHEDULES = ("constant", "decay", "cosine")
 NATIVE_MODES = {"auto": None, "require": True, "never": False}
 LOOKS_LINEAR, CRITICAL_ORTHOGONAL, LSUV = "looks_linear", "critical_orthogonal", "lsuv"
 OWN_INITIALIZERS = (LOOKS_LINEAR, CRITICAL_ORTHOGONAL, LSUV)  # see initializers.py
+NO_OP = "one that the compiled op has (entropy, one_sided) with --native require"
 DTYPES = ("float32", "float64", "mixed_float16", "mixed_bfloat16")
 
 
@@ -103,9 +105,10 @@ class Settings:
     )
     dtype: str = _setting("float32", "dtype policy", DTYPES)
 
-    lbe_alpha: float = _setting(
-        3.0, "entropy to aim at, trained from this value", group="LBE"
+    lbe_variant: str = _setting(
+        "entropy", "what LBE is; see LBERegularizer", VARIANTS, group="LBE", added=True
     )
+    lbe_alpha: float = _setting(3.0, "entropy to aim at, trained from this value")
     lbe_alpha_min: float = _setting(0.3, "its lower bound")
     lbe_beta: float = _setting(1.0, "factor of each layer's LBE")
     lbe_strength: float = _setting(
@@ -172,11 +175,13 @@ class Settings:
             raise ExperimentError("--reduce-lr needs --schedule constant")
         choices = {f.name: f.metadata["choices"] for f in dataclasses.fields(self)}
         for name in (
-            *("scaling", "model", "norm"),
+            *("scaling", "model", "norm", "lbe_variant"),
             *("optimizer", "schedule", "native", "dtype"),
         ):
             value, known = getattr(self, name), choices[name]
             self._require(name, value in known, f"one of {', '.join(known)}")
+        if self.native == "require":
+            self._require("lbe_variant", self.lbe_variant not in ON_UNITS, NO_OP)
         self._check_transformer()
         for name, get, example in (
             ("activation", keras.activations.get, "relu"),

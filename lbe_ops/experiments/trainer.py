@@ -136,8 +136,13 @@ class Trainer:
 
     def _settings(self, trial: Trial) -> Settings:
         names = ("model", "norm", "activation", "initializer", "depth", "width", "seed")
-        targets = {"lbe_alpha": AT_LEAST, "lbe_alpha_min": AT_LEAST}  # set by each arm
-        return Settings(**{name: getattr(trial, name) for name in names}, **targets)
+        lbe = {
+            "lbe_variant": ARMS[trial.arm].variant,
+            # Each arm sets its own.
+            "lbe_alpha": AT_LEAST,
+            "lbe_alpha_min": AT_LEAST,
+        }
+        return Settings(**{name: getattr(trial, name) for name in names}, **lbe)
 
     def _initialize(self, trial: Trial) -> None:
         """Gives all weights the values that `lbe-ops train` begins with."""

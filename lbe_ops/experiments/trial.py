@@ -17,6 +17,7 @@ class Arm:
         trained: whether alpha is trained.
         until: the step from which on the strength is 0; 0 for never.
         cosine: whether the strength falls to 0 along half a cosine.
+        variant: of `LBERegularizer`.
     """
 
     strength: float = 0.1
@@ -24,6 +25,7 @@ class Arm:
     trained: bool = True
     until: int = 0
     cosine: bool = False
+    variant: str = "entropy"
 
 
 ARMS = {
@@ -37,6 +39,9 @@ ARMS = {
     "lbe_until_50": Arm(until=50),
     "lbe_until_200": Arm(until=200),
     "lbe_cosine": Arm(cosine=True),
+    "lbe_one_sided": Arm(variant="one_sided"),
+    "lbe_units": Arm(variant="units"),
+    "lbe_std_hinge": Arm(variant="std_hinge"),
 }
 
 
@@ -71,7 +76,7 @@ class Trial:
         return (
             *(self.data, self.model, self.norm, self.activation),
             *(self.depth, self.width, self.batch_size),
-            *(self.epsilon, self.global_clipnorm),
+            *(self.epsilon, self.global_clipnorm, ARMS[self.arm].variant),
         )
 
     def cost(self) -> float:

@@ -341,6 +341,16 @@ def test_a_cell_takes_the_rate_that_is_best_on_average():
     assert f"+0.330 [{low:+.3f}, {high:+.3f}]" in map_report.table(rows, ["depth"])
 
 
+def test_untrained_nets_have_a_table_of_their_medians():
+    trials = [dataclasses.replace(SMALL, steps=0, seed=seed) for seed in (1, 2, 3)]
+    rows = [
+        (trial, {f"{name}_last": 10.0**trial.seed for name in map_report.MEASURED})
+        for trial in trials
+    ]
+    text = map_report.measurements(rows, ("activation", "depth"))
+    assert text.splitlines()[2] == f"| relu | 3 |{' 1e+02 |' * 7}"
+
+
 def test_intervals_and_p_values_are_those_of_the_textbooks():
     low, high = map_report.wilson(8, 10)
     z = stats.norm.ppf(0.975)

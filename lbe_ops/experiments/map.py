@@ -252,6 +252,7 @@ def _run_block(block: str, arguments: argparse.Namespace, until: float) -> None:
 # it is of LBE on and off.
 CELL = ("activation", "initializer", "depth")
 REPORTS: dict[str, tuple[tuple[str, ...], tuple[str, str, str] | None]] = {
+    "m0": (CELL, None),
     "m2": (("depth", "gain"), ("depth", "gain", "activation")),
     "m3": (CELL, None),
     "m4": ((*CELL, "learning_rate"), ("initializer", "learning_rate", "activation")),
@@ -263,9 +264,11 @@ def _report(block: str, path: pathlib.Path) -> None:
     from lbe_ops.experiments import map_report
 
     rows = read(path)
-    table, picture = REPORTS.get(block, (CELL, ("initializer", "depth", "activation")))
+    axes, picture = REPORTS.get(block, (CELL, ("initializer", "depth", "activation")))
+    trained = any(trial.steps for trial, _ in rows)
+    table = map_report.table if trained else map_report.measurements
     with replacing(path.with_suffix(".md")) as temporary:
-        temporary.write_text(map_report.table(rows, table))
+        temporary.write_text(table(rows, axes))
     if picture is not None:
         map_report.draw(rows, path.with_suffix(".png"), *picture)
 

@@ -131,6 +131,33 @@ def table(rows: Rows, axes: Sequence[str]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+MEASURED = (
+    *("h_min", "h_out", "rank_out", "cosine_out"),
+    *("gradient_first", "gradient_last", "gradient_max"),
+)
+
+
+def measurements(rows: Rows, axes: Sequence[str]) -> str:
+    """A line per combination of the axes: nets that were not trained, medians of seeds.
+
+    Of the hidden layers the least entropy, and the last one's entropy, effective rank
+    and mean cosine; the norm of the gradient of the first, last and greatest kernel.
+    """
+    places: dict[tuple, list[dict[str, float]]] = {}
+    for trial, outcome in rows:
+        place = tuple(getattr(trial, axis) for axis in axes)
+        places.setdefault(place, []).append(outcome)
+    header = [*axes, *MEASURED]
+    lines = [header, ["---"] * len(header)]
+    for place, outcomes in sorted(places.items()):
+        values = [
+            np.median([outcome[f"{name}_last"] for outcome in outcomes])
+            for name in MEASURED
+        ]
+        lines.append([*map(str, place), *(f"{value:.2g}" for value in values)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
 def _text(cell: Cell) -> str:
     count = len(cell.accuracies)
     return f"{cell.mean:.3f} ({cell.trained}/{count}, {cell.learning_rate:.0e})"

@@ -52,7 +52,7 @@ def paired(first: Cell, second: Cell) -> list[float]:
 
 def gains(rows: Rows, arm: str = "lbe", base: str = "none") -> list[float]:
     """Paired differences of two arms, over all cells and seeds."""
-    axes = ("activation", "initializer", "depth", "gain")
+    axes = ("model", "norm", "activation", "initializer", "depth", "gain")
     found = cells(rows, axes).values()
     return [
         d
@@ -211,6 +211,43 @@ def h9(rows: Rows) -> Verdict:
     return Verdict("H9", told, text)
 
 
+def h10(rows: Rows) -> Verdict:
+    """Variants."""
+    found = {
+        f"{name}, {activation} {initializer}": gains(
+            of(rows, activation=activation, initializer=initializer), name, "lbe"
+        )
+        for activation, initializer in trainability.ANCHORS
+        for name in ("lbe_one_sided", "lbe_units", "lbe_std_hinge")
+    }
+    text = "; ".join(f"{name}: {span(each)}" for name, each in found.items())
+    above = [mean_interval(each)[0] > MARGIN for each in found.values()]
+    return Verdict("H10", not any(above), text)
+
+
+def h11(rows: Rows) -> Verdict:
+    """Residual nets with normalization."""
+    found = gains(of(rows, model="residual", norm="batch"))
+    return Verdict("H11", inside(found), span(found))
+
+
+def h12(rows: Rows) -> Verdict:
+    """Residual nets without normalization."""
+    found = gains(of(rows, model="residual", norm="none", depth=100))
+    return Verdict("H12", mean_interval(found)[0] <= 0, span(found))
+
+
+def h13(rows: Rows) -> Verdict:
+    """Convolutions of GELU."""
+    chosen = {"activation": "gelu", "initializer": "he_normal", "depth": 50}
+    rows = of(rows, model="conv", **chosen)
+    found = gains(rows)
+    (arms,) = cells(rows, ("depth",)).values()
+    lift = (arms["lbe"].trained - arms["none"].trained) / len(arms["lbe"].accuracies)
+    text = f"lift of the share trained {lift:+.2f}; {span(found)}"
+    return Verdict("H13", mean_interval(found)[0] > 0 and lift >= 0.5, text)
+
+
 # What each needs: its blocks, all of whose trials must have been run.
 HYPOTHESES: dict[Callable[[Rows], Verdict], tuple[str, ...]] = {
     h0: ("shallow",),
@@ -218,6 +255,8 @@ HYPOTHESES: dict[Callable[[Rows], Verdict], tuple[str, ...]] = {
     h7: ("m2",),
     h8: ("m3",),
     h9: ("m1",),
+    h10: ("m3",),
+    **dict.fromkeys((h11, h12, h13), ("m5",)),
 }
 
 

@@ -19,6 +19,7 @@ import functools
 import multiprocessing
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,10 @@ MEASURES = ("accuracy", "effective_rank", "dead_share")
 LAYERS, WIDTH, BATCH, CLASSES = 6, 64, 128, 10
 L2 = 1e-3
 ENDS = 10  # the tasks at the end that count
+Rows = list[dict[str, Any]]
 
 
-def train(arm: str, seed: int, tasks: int, epochs: int) -> list[dict[str, Any]]:
+def train(arm: str, seed: int, tasks: int, epochs: int) -> Rows:
     """What a net has come to at the end of each task: rows of the CSV file."""
     import tensorflow as tf
 
@@ -103,18 +105,27 @@ def train(arm: str, seed: int, tasks: int, epochs: int) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def at_the_end(rows: Rows, arm: str, measure: str = "accuracy") -> np.ndarray:
+    """The mean over the last tasks of every seed."""
+    last = max(row["task"] for row in rows)
+    of_seed: dict[int, list[float]] = {}
+    for row in rows:
+        if row["arm"] == arm and row["task"] > last - ENDS:
+            of_seed.setdefault(row["seed"], []).append(row[measure])
+    return np.array([np.mean(of_seed[seed]) for seed in sorted(of_seed)])
+
+
+def h14(rows: Rows) -> bool:
+    """Whether the hypothesis of benchmarks/results/map/README.md holds."""
+    lbe = at_the_end(rows, "lbe")
+    least = {arm: mean_interval(lbe - at_the_end(rows, arm))[0] for arm in ARMS}
+    return least["none"] > 0 >= max(least["l2_to_init"], least["layer_norm"])
+
+
+def table(rows: Rows) -> str:
     """Of each arm the first task and the mean of the last, with differences."""
 
-    def ends(arm: str, measure: str) -> dict[int, float]:
-        of_seed: dict[int, list[float]] = {}
-        last = max(row["task"] for row in rows)
-        for row in rows:
-            if row["arm"] == arm and row["task"] > last - ENDS:
-                of_seed.setdefault(row["seed"], []).append(row[measure])
-        return {seed: float(np.mean(of_seed[seed])) for seed in sorted(of_seed)}
-
-    def text(values: list[float], sign: str = "") -> str:
+    def text(values: Sequence[float], sign: str = "") -> str:
         low, high = mean_interval(values)
         form = f"{sign}.3f"
         return f"{np.mean(values):{form}} [{low:{form}}, {high:{form}}]"
@@ -125,20 +136,20 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|" + "---|" * 9,
     ]
     for arm in ARMS:
-        found = ends(arm, "accuracy")
+        found = at_the_end(rows, arm)
         against = []
         for base in ("none", "l2_to_init", "layer_norm"):
-            other = ends(base, "accuracy")
-            differences = [found[seed] - other[seed] for seed in found]
+            differences = found - at_the_end(rows, base)
             same = base == arm
             against.append("" if same else text(differences, "+"))
             if base == "none":
                 against.append("" if same else f"{sign_flip(differences):.3g}")
         first = [r["accuracy"] for r in rows if r["arm"] == arm and r["task"] == 0]
-        cells = [arm, text(first), text([*found.values()]), *against]
-        cells += [text([*ends(arm, measure).values()]) for measure in MEASURES[1:]]
+        cells = [arm, text(first), text(found), *against]
+        cells += [text(at_the_end(rows, arm, measure)) for measure in MEASURES[1:]]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    verdict = "holds" if h14(rows) else "is **refuted**"
+    return "\n".join([*lines, "", f"H14 {verdict}.", ""])
 
 
 def main() -> None:

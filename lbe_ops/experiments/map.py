@@ -83,18 +83,19 @@ def _scales(**axes: Any) -> list[Trial]:
     )
 
 
+ANCHORS = (("relu", "glorot_uniform"), ("relu", "he_normal"), ("gelu", "he_normal"))
+
+
 def _ablations() -> list[Trial]:
-    arms = [name for name in ARMS if name != "lbe_fixed_alpha"]
-    anchors = (("relu", "glorot_uniform"), ("relu", "he_normal"), ("gelu", "he_normal"))
     return [
         trial
-        for activation, initializer in anchors
+        for activation, initializer in ANCHORS
         for trial in grid(
             activation=activation,
             initializer=initializer,
             depth=100,
             learning_rate=1e-3,
-            arm=[*arms, "lbe_fixed_alpha"],
+            arm=ARMS,
             seed=range(1, 9),
         )
     ]

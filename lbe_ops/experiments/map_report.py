@@ -26,7 +26,7 @@ from lbe_ops.experiments.trial import ARMS, Trial
 Rows = Sequence[tuple[Trial, dict[str, float]]]
 
 # Of the block `shallow`: the best mean over seeds of a net of three layers.
-SHALLOW_ACCURACY = {"digits": 0.979}
+SHALLOW_ACCURACY = {"digits": 0.975}
 TRAINED = 0.9  # the share of that from which on a net counts as trained
 
 

@@ -203,7 +203,7 @@ def _judge(rows: list[LayerHealth]) -> tuple[str, str]:
         row.gradient_norm for row in rows if row.gradient_norm is not None
     ] or [0.0]
     deep = len(judged) >= DEEP
-    growth = _growth_backwards(gradients)
+    growth = growth_backwards(gradients)
     if deep and growth > GRADIENT_EXPLODES:
         return "exploding", (
             f"the gradient grows backwards by a factor of {growth:.2g}, to "
@@ -239,7 +239,7 @@ def _judge(rows: list[LayerHealth]) -> tuple[str, str]:
     )
 
 
-def _growth_backwards(gradients: list[float]) -> float:
+def growth_backwards(gradients: list[float]) -> float:
     """By which factor an exponential through the norms grows, from last to first."""
     layer, norm = np.arange(len(gradients)), np.asarray(gradients)
     layer, norm = layer[norm > 0], norm[norm > 0]

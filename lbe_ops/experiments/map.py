@@ -74,6 +74,23 @@ def _activations(**axes: Any) -> list[Trial]:
     ]
 
 
+def _deep(**axes: Any) -> list[Trial]:
+    """The initializers of `m1` that keep the scale, and GELU's from Keras."""
+    initializers = {
+        "relu": ("looks_linear", "lsuv"),
+        "gelu": ("he_normal", "lsuv"),
+        "tanh": "critical_orthogonal",
+        "sigmoid": "lsuv",
+    }
+    return [
+        trial
+        for activation, names in initializers.items()
+        for trial in grid(
+            activation=activation, initializer=names, **axes, arm=BOTH, seed=(1, 2, 3)
+        )
+    ]
+
+
 def _scales(**axes: Any) -> list[Trial]:
     return grid(
         activation="relu",
@@ -142,12 +159,9 @@ BLOCKS: dict[str, Callable[[], list[Trial]]] = {
             seed=range(4, 9),
         )
     ],
-    "m1_200": lambda: _activations(
-        depth=200, learning_rate=(3e-4, 1e-3), arm=BOTH, seed=(1, 2, 3)
-    ),
-    "m1_500": lambda: _activations(
-        depth=500, learning_rate=(1e-4, 3e-4), arm=BOTH, seed=(1, 2, 3)
-    ),
+    # Deeper, from what may train there.
+    "m1_200": lambda: _deep(depth=200, learning_rate=(1e-4, 3e-4)),
+    "m1_500": lambda: _deep(depth=500, learning_rate=(1e-4, 3e-4)),
     "m2": lambda: _scales(
         depth=(30, 100, 200), learning_rate=1e-3, arm=BOTH, seed=range(1, 9)
     ),

@@ -32,6 +32,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.long
 def test_a_short_run_on_two_replicas(modules, tmp_path):
     done = run("--quick", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -61,6 +62,7 @@ def test_a_short_run_on_two_replicas(modules, tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_a_short_run_in_two_processes(modules, tmp_path):
     variants = "no LBE", "LBE synchronised"
     done = run(

@@ -31,6 +31,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.long
 def test_a_short_run(modules, tmp_path):
     require_native()
     loops = ["graph", "fit"]

@@ -260,6 +260,7 @@ def require_build_tools():
             pytest.skip(f"there is no {name}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("env", "words"),
     [
@@ -279,6 +280,7 @@ def test_a_pure_package_installs_and_says_why(tmp_path, env, words):
     assert "Tag: py3-none-any" in wheels[0].read_text()
 
 
+@pytest.mark.long
 def test_a_build_that_fails_installs_the_pure_package(tmp_path):
     """A compiler that is there and does not work."""
     require_build_tools()

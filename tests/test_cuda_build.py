@@ -87,6 +87,7 @@ def accesses(configured):
     return found
 
 
+@pytest.mark.long
 def test_rows_are_read_and_written_16_bytes_at_once(accesses):
     assert len(accesses) == len(WHOLE_VECTOR) * (2 + 4)
     for (kernel, element, of), counts in accesses.items():
@@ -108,6 +109,7 @@ def test_rows_are_read_and_written_16_bytes_at_once(accesses):
             assert counts["st", 16] >= 4, name
 
 
+@pytest.mark.long
 def test_every_kernel_is_compiled_for_every_architecture(report):
     targets, output = report
     compiled = re.findall(r"Compiling entry function '(\w+)' for '(sm_\w+)'", output)
@@ -120,6 +122,7 @@ def test_every_kernel_is_compiled_for_every_architecture(report):
     assert sum(target.startswith("compute_") for target in targets) == 1
 
 
+@pytest.mark.long
 def test_no_kernel_spills_registers(report):
     _, output = report
     properties = re.findall(
@@ -135,6 +138,7 @@ def test_no_kernel_spills_registers(report):
     assert not framed
 
 
+@pytest.mark.long
 def test_the_compiler_does_not_warn(report):
     assert "warning" not in report[1].lower()
 

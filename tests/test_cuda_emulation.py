@@ -14,6 +14,8 @@ import subprocess
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 TESTS = pathlib.Path(__file__).resolve().parent
 KERNELS = TESTS.parent / "cuda"
 

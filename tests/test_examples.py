@@ -35,6 +35,7 @@ def test_every_example_is_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} <= tested
 
 
+@pytest.mark.long
 def test_info_flow(lines):
     plain, before, after, lbe, lbe_before, lbe_after = map(numbers, lines("info_flow"))
     assert len(before) == len(after) == 3
@@ -42,6 +43,7 @@ def test_info_flow(lines):
     assert after[-1] < 1e-3 < 0.1 < lbe_after[-1]
 
 
+@pytest.mark.long
 def test_neuron_distribution(lines):
     printed = lines("neuron_distribution")
     assert [line.strip()[:8] for line in printed if "layer" in line] == [
@@ -54,6 +56,7 @@ def test_neuron_distribution(lines):
         assert skewness > 0
 
 
+@pytest.mark.long
 def test_normalization(lines):
     header, *rows = lines("normalization")
     assert [row.split()[0] for row in rows] == ["none", "batch", "layer", "selu", "lbe"]
@@ -62,21 +65,25 @@ def test_normalization(lines):
     assert 0 < 5 * last["none"] < min(normalized) and last["lbe"] > last["none"]
 
 
+@pytest.mark.long
 def test_residual(lines):
     accuracies = [numbers(line)[0] for line in lines("residual")]
     assert len(accuracies) == 4 and min(accuracies) > 0.2  # 0.1 is chance
 
 
+@pytest.mark.long
 def test_autoencoder(lines):
     mean, plain, lbe = (numbers(line)[0] for line in lines("autoencoder"))
     assert plain > 0.9 * mean > lbe
 
 
+@pytest.mark.long
 def test_transformer(lines):
     accuracies = [numbers(line)[0] for line in lines("transformer")]
     assert len(accuracies) == 2 and min(accuracies) > 0.1
 
 
+@pytest.mark.long
 def test_loss_surface(lines):
     printed = lines("loss_surface")
     for first in (0, 4):

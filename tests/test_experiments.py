@@ -765,6 +765,7 @@ RESUMED = {
     "vae": "--lbe --model vae --latent 3 --steps-per-execution 2",
     "transformer": "--lbe --model transformer --data text --context 16 --norm layer",
 }
+QUICK = ("plateau", "cosine", "std_hinge")
 
 
 def test_float16_trains_with_loss_scaling():
@@ -781,7 +782,13 @@ def test_float16_trains_with_loss_scaling():
     assert type(plain.optimizer) is keras.optimizers.Adam
 
 
-@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[] if case in QUICK else [pytest.mark.long])
+        for case in RESUMED
+    ],
+)
 def test_interrupted_run_ends_with_the_same_numbers(run, tmp_path, monkeypatch, case):
     arguments = [*RESUMED[case].split(), "--epochs", 4]
     assert run(*arguments)[0] == 0

@@ -183,6 +183,7 @@ KINDS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_kinds_of_nets_have_the_numbers_of_one_device(npz, alone, tmp_path, kind):
     folder, more = tmp_path / "run", ("--lbe", *UNCLIPPED.split(), *KINDS[kind].split())
@@ -191,6 +192,7 @@ def test_other_kinds_of_nets_have_the_numbers_of_one_device(npz, alone, tmp_path
     assert_same_numbers(folder, alone(*more), "with_lbe")
 
 
+@pytest.mark.long
 def test_two_processes_of_the_readme_give_the_numbers_of_one(npz, alone, tmp_path):
     """And a run of two workers goes on with one device."""
     expected = alone()
@@ -218,6 +220,7 @@ def test_two_processes_of_the_readme_give_the_numbers_of_one(npz, alone, tmp_pat
         assert_same_numbers(folder, expected, net)
 
 
+@pytest.mark.long
 def test_run_whose_worker_is_killed_goes_on(npz, alone, tmp_path):
     folder = tmp_path / "run"
     arguments = words(npz, folder, "--lbe")

@@ -120,6 +120,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.long
 def test_exported_models_are_served_without_this_package(tmp_path):
     expected = {}
     for kind in MODELS:

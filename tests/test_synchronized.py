@@ -127,30 +127,38 @@ def result(count, name):
     return found
 
 
-@pytest.mark.parametrize(
-    ("count", "name", "tolerance"),
-    [
-        (2, "equal_shards", 1e-6),
-        (3, "equal_shards", 1e-6),
-        (4, "equal_shards", 1e-6),
-        (2, "equal_shards_in_float64", 1e-13),
-        (4, "equal_shards_in_float64", 1e-13),
-        (2, "shards_of_one", 1e-6),
-        (4, "partial_batches", 1e-6),
-        (4, "partial_batches_in_float16", 5e-3),
-        (4, "two_sums", 1e-6),
-        (2, "eager", 1e-6),
-        (2, "several_steps_per_execution", 1e-6),
-        (2, "convolution", 1e-6),
-        (2, "shared_layer", 1e-6),
-        (2, "one_sided", 1e-6),
-        (2, "loop_of_outputs", 1e-6),
-        (2, "loop_that_records", 1e-6),
-        (2, "loop_that_is_eager", 1e-6),
-        (2, "function_differentiated_from_outside", 1e-6),
-        (2, "callbacks", 1e-6),
-    ],
-)
+CASES = [
+    (2, "equal_shards", 1e-6),
+    (3, "equal_shards", 1e-6),
+    (4, "equal_shards", 1e-6),
+    (2, "equal_shards_in_float64", 1e-13),
+    (4, "equal_shards_in_float64", 1e-13),
+    (2, "shards_of_one", 1e-6),
+    (4, "partial_batches", 1e-6),
+    (4, "partial_batches_in_float16", 5e-3),
+    (4, "two_sums", 1e-6),
+    (2, "eager", 1e-6),
+    (2, "several_steps_per_execution", 1e-6),
+    (2, "convolution", 1e-6),
+    (2, "shared_layer", 1e-6),
+    (2, "one_sided", 1e-6),
+    (2, "loop_of_outputs", 1e-6),
+    (2, "loop_that_records", 1e-6),
+    (2, "loop_that_is_eager", 1e-6),
+    (2, "function_differentiated_from_outside", 1e-6),
+    (2, "callbacks", 1e-6),
+]
+
+
+def long_from_three(cases):
+    """More than two replicas are another process, with as many cases again."""
+    return [
+        pytest.param(*case, marks=[pytest.mark.long] if case[0] > 2 else [])
+        for case in cases
+    ]
+
+
+@pytest.mark.parametrize(("count", "name", "tolerance"), long_from_three(CASES))
 def test_replicas_train_as_one_device(count, name, tolerance):
     differences = result(count, name)
     assert differences.pop("finite", True)
@@ -173,9 +181,12 @@ def test_the_strength_changes_on_all_replicas():
         assert difference <= (2e-5 if what.endswith("history") else 1e-6), what
 
 
+OTHERS = [(2, "without_synchronization"), (4, "partial_batches_as_keras")]
+
+
 @pytest.mark.parametrize(
     ("count", "name"),
-    [(2, "without_synchronization"), (4, "partial_batches_as_keras")],
+    long_from_three(OTHERS),
 )
 def test_what_is_another_training(count, name):
     """The tests above can tell: entropies, or losses, of replicas by themselves."""
@@ -298,6 +309,7 @@ def workers(count, folder, *arguments):
     return [json.loads(out.splitlines()[-1]) for out, _ in printed]
 
 
+@pytest.mark.long
 def test_workers_train_as_one_device(tmp_path):
     alone = subprocess.run(
         [sys.executable, HERE / "worker_cases.py", tmp_path],
@@ -315,6 +327,7 @@ def test_workers_train_as_one_device(tmp_path):
                 np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_plain_keras_still_fails_on_several_workers(tmp_path):
     """`keras_internals.MultiWorkerTraining` is needed.
 

@@ -381,6 +381,7 @@ print(json.dumps([lbe_ops_numpy.simd_level(), digest.hexdigest()]))
 """
 
 
+@pytest.mark.long
 def test_every_instruction_set_gives_the_same_bits():
     here = str(pathlib.Path(__file__).parent)
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))

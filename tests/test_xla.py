@@ -259,6 +259,7 @@ json.dump(found, sys.stdout)
 """
 
 
+@pytest.mark.long
 def test_in_other_processes(xla, tmp_path):
     """On 1 and 7 threads, after XLA has compiled, and with the library twice."""
     expected = []

@@ -63,8 +63,14 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Makes links of the repository links of the site."""
+    """Makes links of the repository links of the site; gives tables a title."""
     uri = page.file.src_uri
+    if uri.startswith("benchmarks/") and not re.search("^# ", markdown, re.M):
+        folder = posixpath.basename(posixpath.dirname(uri))
+        markdown = f"# {folder}: {pathlib.PurePath(uri).stem}\n\n{markdown}"
+        page.meta["hide"] = ["navigation", "toc"]  # wide
+    if uri.startswith("examples/"):
+        page.meta["hide"] = ["navigation", "toc"]
     folder = posixpath.dirname(repository_path(uri))
 
     def moved(match: re.Match) -> str:
@@ -115,7 +121,9 @@ def numpy_stub(source: str) -> str:
         r'py::class_<(\w+)>\([^R]*R"\((.*?)\)"', source, re.S
     ):
         text.append(f'class {name}:\n    r"""{_indented(documentation)}"""')
-    for name, literals in re.findall(r'\.def\("(\w+)", &[\w:]+,\s*("[^"]*")', source):
+    for name, literals in re.findall(
+        r'\n +\.def\("(\w+)", &[\w:]+,\s*("[^"]*")', source
+    ):
         text[-1] += f'\n\n    def {name}(self):\n        """{_words(literals)}"""'
     return "\n\n\n".join(text) + "\n"
 

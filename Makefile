@@ -26,7 +26,7 @@ CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.cc cuda/*.cu cuda/*.cuh tests/*.h
 # $(call timed,what,command): says how long the command took.
 timed = @echo '$(2)'; start=$$(date +%s); $(2) && echo "$(1): $$(($$(date +%s) - start)) s"
 
-.PHONY: help demo test test-matrix build wheel bench bench-training bench-distributed test-gpu bench-gpu evidence-gpu lint format sanitize test-aarch64 clean
+.PHONY: help demo test test-matrix build wheel bench bench-training bench-distributed test-gpu bench-gpu evidence-gpu docs lint format sanitize test-aarch64 clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -91,6 +91,12 @@ bench-gpu: ## the benchmark on this machine's GPU, into results/benchmark-gpu
 evidence-gpu: ## in ten minutes, all that a GPU can tell, into results/gpu-evidence
 	$(PYTHON) benchmarks/on_gpu.py evidence $(EVIDENCE_ARGS)
 
+# In a small environment of its own, without TensorFlow: docstrings are read, not run.
+DOCS := build/docs-venv
+docs: $(DOCS)/.installed ## the documentation site, into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "the documentation: site/index.html"
+
 lint: $(TOOLS) ## check the style of Python and C++
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -135,7 +141,7 @@ test-aarch64: $(REQUIREMENTS) ## kernel tests for aarch64, emulated, and whether
 	echo "the same digests, all $$(wc -l < build/aarch64/digests)"
 
 clean: ## remove .venv and everything built; results/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .hypothesis .ruff_cache
 
 # One line that names what to install, not a page of errors later.
 $(REQUIREMENTS): pyproject.toml .ci/requirements.py
@@ -161,6 +167,12 @@ $(REQUIREMENTS): pyproject.toml .ci/requirements.py
 $(TOOLS): $(REQUIREMENTS)
 	$(BIN)/python .ci/requirements.py $(EXTRAS) test dev > $(VENV)/requirements.txt
 	$(call timed,installing tools,$(BIN)/python -m pip install -r $(VENV)/requirements.txt)
+	@touch $@
+
+$(DOCS)/.installed: pyproject.toml .ci/requirements.py
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python .ci/requirements.py --only docs > $(DOCS)/requirements.txt
+	$(call timed,installing mkdocs,$(DOCS)/bin/python -m pip install -r $(DOCS)/requirements.txt)
 	@touch $@
 
 # Without build isolation: TensorFlow is in .venv already. CMake's folder is kept in

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prints the requirements of pyproject.toml, one a line, for `pip install -r`.
 
-The build requirements, the dependencies and the extras that are named as arguments.
+The build requirements, the dependencies and the extras that are named as arguments;
+after `--only`, the extras alone.
 """
 
 import pathlib
@@ -29,6 +30,8 @@ def main(extras: list[str]) -> None:
             f"{version}: make clean, then make PYTHON=python3.x"
         )
     requirements = [*config["build-system"]["requires"], *project["dependencies"]]
+    if extras[:1] == ["--only"]:
+        requirements, extras = [], extras[1:]
     for extra in extras:
         requirements += project["optional-dependencies"][extra]
     print("\n".join(sorted(set(requirements))))

@@ -156,7 +156,7 @@ def diagnose(
 
     Example:
 
-    >>> lbe_ops.diagnose(model, x_train[:512], y_train[:512]).illness
+    >>> lbe_ops.diagnose(model, x_train[:512], y_train[:512], print_fn=None).illness
     'rank gone'
     """
     x = as_tensors(x)

@@ -223,9 +223,10 @@ def critical_gain(activation: str | Callable[[Any], Any] | None) -> float:
 class ScaledLayer(NamedTuple):
     """What `lsuv` did to a layer.
 
-    layer: its path.
-    factor: what the kernel was multiplied by, in all.
-    variance: of its pre-activations on the batch, after that.
+    Attributes:
+        layer: its path.
+        factor: what the kernel was multiplied by, in all.
+        variance: of its pre-activations on the batch, after that.
     """
 
     layer: str

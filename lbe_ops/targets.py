@@ -69,7 +69,7 @@ def max_entropy(
     Example:
 
     >>> lbe_ops.max_entropy("tanh")
-    1.1280...
+    1.1277...
     """
     formula = ops.check_formula(0, scale, offset)
     function = keras.activations.get(activation)

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
 
-README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
+DEVICES = pathlib.Path(__file__).resolve().parent.parent / "docs" / "devices.md"
 # The last batch has one of the 129 samples, so that only one replica gets any; three of
 # them share a whole batch as 22, 22 and 20.
 TINY = (
@@ -193,10 +193,10 @@ def test_other_kinds_of_nets_have_the_numbers_of_one_device(npz, alone, tmp_path
 
 
 @pytest.mark.long
-def test_two_processes_of_the_readme_give_the_numbers_of_one(npz, alone, tmp_path):
+def test_two_processes_of_the_docs_give_the_numbers_of_one(npz, alone, tmp_path):
     """And a run of two workers goes on with one device."""
     expected = alone()
-    (example,) = re.findall(r"^```sh\n(.*?)^```$", README.read_text(), re.M | re.S)
+    (example,) = re.findall(r"^```sh\n(.*?)^```$", DEVICES.read_text(), re.M | re.S)
     for port, free in zip(("23456", "23457"), free_ports(2), strict=True):
         assert example.count(port) == 1
         example = example.replace(port, str(free))

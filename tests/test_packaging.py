@@ -17,6 +17,7 @@ import lbe_ops
 from lbe_ops import __main__, info, native
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+INSTALLATION = ROOT / "docs" / "installation.md"
 
 needs_installation = pytest.mark.skipif(
     os.environ.get("LBE_TEST_INSTALLED") != "1",
@@ -87,10 +88,10 @@ def test_wheel_holds_the_libraries_and_the_licence():
 
 
 def supported():
-    """The table in README.md: minor, its Pythons, and whether XLA has native ops."""
-    readme = (ROOT / "README.md").read_text()
+    """The table of installation.md: minor, Pythons, whether XLA has native ops."""
+    page = INSTALLATION.read_text()
     rows = re.findall(
-        r"^\| (2\.\d+) \| 3\.(\d+) to 3\.(\d+) \| yes \| (.*?) \|$", readme, re.M
+        r"^\| (2\.\d+) \| 3\.(\d+) to 3\.(\d+) \| yes \| (.*?) \|$", page, re.M
     )
     return {
         minor: (range(int(first), int(last) + 1), xla == "yes")
@@ -104,10 +105,8 @@ def test_the_table_of_versions_is_that_of_pyproject():
         first, end = re.search(rf'"{extra}>=2\.(\d+),<2\.(\d+)', config).groups()
         assert list(supported()) == [f"2.{i}" for i in range(int(first), int(end))]
     first, end = re.search(r'"keras>=3\.(\d+),<3\.(\d+)"', config).groups()
-    assert (
-        f"Keras 3.{first} to 3.{int(end) - 1} with each"
-        in (ROOT / "README.md").read_text()
-    )
+    keras_versions = f"Keras 3.{first} to 3.{int(end) - 1} with each"
+    assert keras_versions in INSTALLATION.read_text()
     first, end = re.search(r'python = ">=3\.(\d+),<3\.(\d+)"', config).groups()
     pythons = [minor for minors, _ in supported().values() for minor in minors]
     assert (min(pythons), max(pythons) + 1) == (int(first), int(end))

@@ -128,6 +128,15 @@ struct Batch {
           ", offset=" + std::string(py::str(py::float_(formula.offset))));
     }
   }
+
+  // For what has a bias, or the gradient of one.
+  void CheckChannels() const {
+    if (shape.size() >= 2) return;
+    throw pybind11::value_error(
+        std::string(name) +
+        " must have shape [batch, ..., channels] for a bias. Received: shape " +
+        Text(shape));
+  }
 };
 
 // What an array of a call must be like.

@@ -336,6 +336,7 @@ py::object EpilogueForward(Options options, const py::object& z,
   options.workspace = workspace;
   const auto arrays = MakeArrays(z, "z", options);
   Epilogue epilogue = EpilogueOf(activation, slope, arrays->batch());
+  if (!bias.is_none()) arrays->batch().CheckChannels();
   epilogue.bias = arrays->ReadUnlessNone(bias, "bias", Form::kChannels);
   ForwardArguments arguments;
   arguments.epilogue = &epilogue;
@@ -363,6 +364,7 @@ py::object EpilogueGrad(Options options, const py::object& dy,
   arguments.entropy_grad = arrays->ReadEntropyGrad(entropy_grad);
   arguments.dx = arrays->Write(&dz, "dz", Form::kLikeX);
   if (bias_grad || !dbias.is_none()) {
+    arrays->batch().CheckChannels();
     arguments.dbias = arrays->Write(&dbias, "dbias", Form::kChannels);
   }
   arrays->Run(arguments);

@@ -174,9 +174,18 @@ inline absl::Status CheckBatch(absl::Span<const int64_t> dims) {
       "activations must have shape [batch, ...]. Received: a scalar");
 }
 
+// Checks that z or y, a batch, has channels to add a bias to.
+inline absl::Status CheckChannels(absl::Span<const int64_t> z) {
+  if (z.size() >= 2) return absl::OkStatus();
+  return InvalidArgument(
+      "what has a bias must have shape [batch, ..., channels]. Received: ",
+      ShapeText(z));
+}
+
 // Checks the shape of a bias. REQUIRES: z is a batch.
 inline absl::Status CheckBias(absl::Span<const int64_t> z,
                               absl::Span<const int64_t> bias) {
+  TF_RETURN_IF_ERROR(CheckChannels(z));
   if (bias == z.subspan(z.size() - 1)) return absl::OkStatus();
   return InvalidArgument(
       "bias must have one entry for each channel, the last dimension of z. "

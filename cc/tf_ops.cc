@@ -760,6 +760,9 @@ class EpilogueGradOp : public EpilogueKernel<Device> {
     OP_REQUIRES_OK(context, SizesOf(y, &sizes));
     OP_REQUIRES_OK(context, CheckEpilogueGradInputs(InputDims(context), index_,
                                                     synchronized_));
+    if (this->has_bias_) {
+      OP_REQUIRES_OK(context, CheckChannels(y.shape().dim_sizes()));
+    }
     Tensor *dz, *dbias = nullptr;
     OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
                                 {0}, 0, y.shape(), &dz));

@@ -349,6 +349,9 @@ class EpilogueGradLowering : public Lowering, EpilogueAttributes {
     const absl::StatusOr<ManyDims> inputs = InputDims(context);
     OP_REQUIRES_OK(context, inputs.status());
     OP_REQUIRES_OK(context, CheckEpilogueGradInputs(*inputs, index_));
+    if (has_bias_) {
+      OP_REQUIRES_OK(context, CheckChannels(shape->dimensions()));
+    }
     if (!IsTap() && Callable(*shape)) {
       CallKernel(context, *shape);
       return;

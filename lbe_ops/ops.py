@@ -425,6 +425,11 @@ def _check_epilogue(
     if not (isinstance(slope, numbers.Real) and 0 <= slope < math.inf):
         raise ValueError(f"slope must be a number >= 0. Received: {slope!r}")
     if bias is not None:
+        if z.shape.rank == 1:
+            raise ValueError(
+                "What has a bias must have shape [batch, ..., channels]. "
+                f"Received: z of shape {z.shape}"
+            )
         bias = tf.convert_to_tensor(bias, z.dtype)
         if not bias.shape.is_compatible_with(z.shape[-1:] if z.shape.rank else [None]):
             raise ValueError(

@@ -320,5 +320,8 @@ def activate(
 ) -> tf.Tensor:
     """`activation(z + bias)`; see `lbe_ops.ops.epilogue`."""
     if bias is not None:
+        if z.shape.rank is None:
+            # It refuses a rank of 1, as `ops.epilogue` does where it knows that.
+            return ACTIVATIONS[activation](tf.nn.bias_add(z, bias), slope)
         z = z + bias
     return ACTIVATIONS[activation](z, slope)

@@ -228,6 +228,29 @@ def test_bad_arguments(arguments, words):
         ops.epilogue(tf.ones((4, 2)), **arguments)
 
 
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+@pytest.mark.parametrize("native", [False, True], ids=["reference", "native"])
+def test_a_batch_of_numbers_has_no_channels(native, jit_compile):
+    """Neither where that is known before the call nor where only the call knows."""
+    if native:
+        require_native()
+        if jit_compile:
+            require_xla()
+    bias = tf.constant([1.0, 2.0, 3.0])
+    words = r"must have shape \[batch, ..., channels\]"
+    with pytest.raises(ValueError, match=words):
+        ops.epilogue(bias, bias, native=native)
+
+    @tf.function(jit_compile=jit_compile, input_signature=[tf.TensorSpec(None)])
+    def function(z):
+        return ops.epilogue(z, bias, native=native).y
+
+    np.testing.assert_array_equal(function(tf.ones((2, 3))), [[2.0, 3.0, 4.0]] * 2)
+    words += "|must be at least 2D"  # TensorFlow's own
+    with pytest.raises(tf.errors.InvalidArgumentError, match=words):
+        function(bias)
+
+
 def test_the_op_itself_refuses_what_does_not_fit():
     require_native()
     op = native.load().ops
@@ -237,6 +260,13 @@ def test_the_op_itself_refuses_what_does_not_fit():
             op.lbe_epilogue(z, bias, activation="relu")
     with pytest.raises(tf.errors.InvalidArgumentError, match="no epilogue with"):
         op.lbe_epilogue(z, [], activation="gelu")
+
+
+def test_the_gradient_of_a_bias_needs_channels():
+    require_native()
+    y, number = tf.ones(4), tf.ones(())
+    with pytest.raises(tf.errors.InvalidArgumentError, match="batch, ..., channels"):
+        native.load().ops.lbe_epilogue_grad(y, y, *[number] * 3, [], biases=1)
 
 
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["eager", "xla"])

@@ -342,7 +342,12 @@ def test_workers_compare_settings_data_and_the_state_of_the_run(
         arguments = words(npz, folder, "--lbe", *more)
         parser = command.argparse.ArgumentParser()
         command.add_arguments(parser)
-        return lambda cluster: command._prepare(parser.parse_args(arguments), cluster)
+
+        def prepared(cluster):
+            with contextlib.ExitStack() as held:
+                return command._prepare(parser.parse_args(arguments), cluster, held)
+
+        return prepared
 
     def agree(first, second):
         one, same = meet(monkeypatch, first, second)

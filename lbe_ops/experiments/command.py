@@ -25,7 +25,8 @@ import lbe_ops
 from lbe_ops.experiments import data as data_module
 from lbe_ops.experiments import distribution
 from lbe_ops.experiments import settings as settings_module
-from lbe_ops.experiments.errors import ExperimentError, WorkerLostError
+from lbe_ops.experiments.ending import exit_status
+from lbe_ops.experiments.errors import ExperimentError
 from lbe_ops.experiments.results import NETS, RunFolder, write_json
 from lbe_ops.experiments.settings import PRESETS, Settings, stem
 from lbe_ops.experiments.tasks import Classification, Reconstruction, task_of
@@ -115,25 +116,15 @@ def run(arguments: argparse.Namespace) -> int:
         arguments: what a parser with `add_arguments` made.
 
     Returns:
-        The exit status. 0: done; 2: a bad argument, unreadable data or a conflicting
-        result, told in one line; 3: another worker is gone; 130: interrupted. Other
-        workers that do not come in time end the whole process, with 1.
+        The exit status, as `ending.exit_status` makes it. Other workers that do not
+        come in time end the whole process, with 1.
     """
-    try:
-        _run(arguments)
-    except (ExperimentError, lbe_ops.NativeUnavailableError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except WorkerLostError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:
-        print(
-            "interrupted; the same command continues after the last finished epoch",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+
+    def work() -> None:
+        with contextlib.ExitStack() as held:
+            _run(arguments, held)
+
+    return exit_status(work, "the same command continues after the last finished epoch")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -165,10 +156,10 @@ def _add_setting(group: Any, field: dataclasses.Field) -> None:
     )
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace, held: contextlib.ExitStack) -> None:
     cluster = distribution.read_cluster()
     strategy, plan = distribution.start(
-        cluster, arguments.devices, lambda: _prepare(arguments, cluster)
+        cluster, arguments.devices, lambda: _prepare(arguments, cluster, held)
     )
     settings, data, folder = plan.settings, plan.data, plan.folder
     # Imported here, since they need what was just checked.
@@ -257,9 +248,14 @@ class _Plan:
 
 
 def _prepare(
-    arguments: argparse.Namespace, cluster: distribution.Cluster
+    arguments: argparse.Namespace,
+    cluster: distribution.Cluster,
+    held: contextlib.ExitStack,
 ) -> tuple[_Plan, dict[str, Any]]:
-    """The plan, and what of it must be the same on all workers; starts no device."""
+    """The plan, and what of it must be the same on all workers; starts no device.
+
+    The chief, which alone writes, keeps others from it as long as `held` is open.
+    """
     given = vars(arguments)
     distribution.check_devices(cluster, arguments.devices)
     folder, base, nets = _start(given)
@@ -282,6 +278,7 @@ def _prepare(
     config = {"settings": settings.as_dict(), "data": data.describe(), "nets": nets}
     if cluster.chief:
         folder.check(config, arguments.overwrite)
+        held.enter_context(folder.exclusively())
     finished, states = [], dict.fromkeys(nets, "overwritten")
     if not arguments.overwrite:
         finished = [net for net in nets if folder.net(net).finished(settings.epochs)]

@@ -314,6 +314,15 @@ class RunFolder:
         """The folder of `with_lbe` or `without_lbe`."""
         return NetFolder(self.path / name)
 
+    def chance(self) -> float | None:
+        """The score by chance; None where no run has come to its end yet.
+
+        Raises:
+            ExperimentError: the summary cannot be read.
+        """
+        path = self.path / "summary.json"
+        return _read_json(path)["chance"] if path.exists() else None
+
     def exclusively(self) -> contextlib.AbstractContextManager[None]:
         """Keeps other processes from writing to the folder, in a `with` block.
 

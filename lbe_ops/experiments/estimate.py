@@ -62,7 +62,8 @@ def measure(settings: Settings, data: Data, lbe: bool) -> Cost:
     started = time.perf_counter()
     net = nets.build(settings, data.shape, data.classes, lbe)
     task, generator = task_of(settings), np.random.default_rng(0)
-    size = STEPS * settings.batch_size * settings.steps_per_execution
+    per_call = settings.batch_size * settings.steps_per_execution
+    size = STEPS * per_call
     inputs, targets = task.pair(data.x_train[:size], data.y_train[:size], generator)
     times = _Times()
     net.fit(
@@ -75,7 +76,6 @@ def measure(settings: Settings, data: Data, lbe: bool) -> Cost:
         verbose=0,
         callbacks=[times],
     )
-    each = settings.batch_size * settings.steps_per_execution
     return Cost(
         parameters=sum(math.prod(each.shape) for each in net.trainable_variables),
         saved_bytes=sum(
@@ -83,9 +83,13 @@ def measure(settings: Settings, data: Data, lbe: bool) -> Cost:
             for variable in [*net.weights, *net.optimizer.variables]
         ),
         start_seconds=times.first_epoch - started,
-        epoch_seconds=math.ceil(len(data.x_train) / each) * _typical(times.training)
-        + math.ceil(len(data.x_test) / settings.batch_size)
-        * _typical(times.validation),
+        epoch_seconds=sum(
+            math.ceil(len(x) / per_call) * _typical(seconds)
+            for x, seconds in (
+                (data.x_train, times.training),
+                (data.x_test, times.validation),
+            )
+        ),
     )
 
 

@@ -18,7 +18,7 @@ REQUIREMENTS := $(VENV)/.requirements-installed
 TOOLS := $(VENV)/.tools-installed
 PACKAGE := $(VENV)/.lbe_ops-installed
 BUILD_OPTIONS := $(VENV)/.build-options
-SOURCES := $(shell find lbe_ops cc cuda -type f -not -name '*.py[co]' \
+SOURCES := $(shell find lbe_ops lbe_ops_numpy-stubs cc cuda -type f -not -name '*.py[co]' \
              -not -name '*.so' 2>/dev/null) \
            CMakeLists.txt setup.py MANIFEST.in README.md LICENSE
 CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.cc cuda/*.cu cuda/*.cuh tests/*.h tests/*.cc benchmarks/*.c)
@@ -91,9 +91,10 @@ bench-gpu: ## the benchmark on this machine's GPU, into results/benchmark-gpu
 evidence-gpu: ## in ten minutes, all that a GPU can tell, into results/gpu-evidence
 	$(PYTHON) benchmarks/on_gpu.py evidence $(EVIDENCE_ARGS)
 
-lint: $(TOOLS) ## check the style of Python and C++
+lint: $(TOOLS) ## check the style of Python and C++, and the types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 format: $(TOOLS) ## put Python and C++ into that style
@@ -135,7 +136,7 @@ test-aarch64: $(REQUIREMENTS) ## kernel tests for aarch64, emulated, and whether
 	echo "the same digests, all $$(wc -l < build/aarch64/digests)"
 
 clean: ## remove .venv and everything built; results/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
 # One line that names what to install, not a page of errors later.
 $(REQUIREMENTS): pyproject.toml .ci/requirements.py

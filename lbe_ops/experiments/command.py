@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import platform
@@ -146,7 +147,7 @@ def _add_setting(group: Any, field: dataclasses.Field) -> None:
         options["action"] = argparse.BooleanOptionalAction
         default = "on" if default else "off"
     else:
-        options["type"] = {"int": int, "float": float, "str": str}[field.type]
+        options["type"] = {"int": int, "float": float, "str": str}[str(field.type)]
         if choices:
             options["choices"] = choices
         else:
@@ -218,7 +219,7 @@ def _run(arguments: argparse.Namespace, held: contextlib.ExitStack) -> None:
                 data,
                 folder.net(net),
                 NETS[net],
-                lambda line, title=title: print(f"{title}: {line}", flush=True),
+                functools.partial(_say, title),
                 strategy=strategy,
                 write=cluster.chief,
                 resume=not arguments.overwrite,
@@ -297,10 +298,8 @@ def _dry_run(plan: _Plan) -> None:
     ]
     report.show([report.title(net) for net in wanted], [rows])
     memory = estimate.memory()
-    print(
-        f"memory: {memory / 2**30:.1f} GiB, " * (memory is not None)
-        + f"time: about {duration(sum(seconds))}; nothing was written"
-    )
+    known = "" if memory is None else f"memory: {memory / 2**30:.1f} GiB, "
+    print(f"{known}time: about {duration(sum(seconds))}; nothing was written")
 
 
 def _prepare(
@@ -331,7 +330,11 @@ def _prepare(
             op = "native" if lbe_ops.native.select() else "plain TensorFlow"
         except (ValueError, lbe_ops.NativeUnavailableError) as error:
             raise ExperimentError(str(error)) from error
-    config = {"settings": settings.as_dict(), "data": data.describe(), "nets": nets}
+    config: dict[str, Any] = {
+        "settings": settings.as_dict(),
+        "data": data.describe(),
+        "nets": nets,
+    }
     if cluster.chief:
         folder.check(config, arguments.overwrite)
         if not arguments.dry_run:
@@ -355,6 +358,10 @@ def _prepare(
         **states,
     }
     return _Plan(settings, data, folder, nets, finished, done, config, op), facts
+
+
+def _say(title: str, line: str) -> None:
+    print(f"{title}: {line}", flush=True)
 
 
 @contextlib.contextmanager

@@ -153,7 +153,9 @@ def start(
             same on all of them; or TensorFlow cannot start.
         WorkerLostError: another worker has failed meanwhile.
     """
-    prepared, facts, problem = None, {}, ""
+    prepared: Any = None
+    facts: Mapping[str, Any] = {}
+    problem = ""
     try:
         prepared, facts = prepare()
     except ending.FAILURES as error:

@@ -345,7 +345,12 @@ class RunFolder:
             return None
         config = _read_json(path)
         parts = {"settings", "data", "nets", "environment"}
-        if not (isinstance(config, dict) and parts <= config.keys()):
+        mappings = parts - {"nets"}
+        if not (
+            isinstance(config, dict)
+            and parts <= config.keys()
+            and all(isinstance(config[part], dict) for part in mappings)
+        ):
             raise ExperimentError(f"{path} is not that of a run; choose another folder")
         return config
 

@@ -26,7 +26,7 @@ CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.cc cuda/*.cu cuda/*.cuh tests/*.h
 # $(call timed,what,command): says how long the command took.
 timed = @echo '$(2)'; start=$$(date +%s); $(2) && echo "$(1): $$(($$(date +%s) - start)) s"
 
-.PHONY: help demo test test-matrix build wheel bench bench-training bench-distributed test-gpu bench-gpu evidence-gpu lint format sanitize test-aarch64 clean
+.PHONY: help demo test test-matrix build wheel bench bench-training bench-distributed test-gpu bench-gpu evidence-gpu lint lint-python lint-types lint-cxx format sanitize test-aarch64 clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -91,10 +91,17 @@ bench-gpu: ## the benchmark on this machine's GPU, into results/benchmark-gpu
 evidence-gpu: ## in ten minutes, all that a GPU can tell, into results/gpu-evidence
 	$(PYTHON) benchmarks/on_gpu.py evidence $(EVIDENCE_ARGS)
 
-lint: $(TOOLS) ## check the style of Python and C++, and the types
+lint: lint-python lint-types lint-cxx ## check the style of Python and C++, and types
+
+# One by one for .pre-commit-config.yaml.
+lint-python: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-types: $(TOOLS)
 	$(BIN)/mypy
+
+lint-cxx: $(TOOLS)
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 format: $(TOOLS) ## put Python and C++ into that style

@@ -78,6 +78,12 @@ def run(*words: object, **options: object) -> tuple[int, str, str]:
     return process.returncode, output or "", "".join(lines)
 
 
+def hear_signals() -> None:
+    """Whoever runs the tests may ignore them, as a shell does in the background."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def training(npz: pathlib.Path, folder: pathlib.Path, *more: object) -> list[object]:
     return ["train", "--data", npz, *TINY.split(), "--output", folder, *more]
 
@@ -104,7 +110,7 @@ def epochs(folder: pathlib.Path) -> int:
 def test_second_process_is_told_who_writes(npz, tmp_path):
     folder = tmp_path / "run"
     words = training(npz, folder, "--epochs", 100_000)
-    with started(*words) as first:
+    with started(*words, preexec_fn=hear_signals) as first:
         wait_for(first, "epoch")
         status, _, line = run(*words)
         assert status == 2
@@ -144,7 +150,8 @@ def test_signals_end_in_one_line_and_a_status(npz, tmp_path):
         (signal.SIGINT, "interrupted"),
         (signal.SIGHUP, "ended by SIGHUP"),
     ):
-        with started(*training(npz, folder, "--epochs", 100_000)) as process:
+        words = training(npz, folder, "--epochs", 100_000)
+        with started(*words, preexec_fn=hear_signals) as process:
             wait_for(process, "epoch")
             process.send_signal(number)
             _, error = process.communicate()
@@ -415,7 +422,7 @@ def test_two_maps_of_one_block_exclude_each_other(monkeypatch, tmp_path, capsys)
 def test_map_that_is_ended_goes_on(tmp_path):
     words = ["map", "smoke", "--output", tmp_path, "--processes", 1]
     path = tmp_path / "smoke.csv"
-    with started(*words) as process:
+    with started(*words, preexec_fn=hear_signals) as process:
         wait_for(process, "smoke: 16 trials, 16 to run")
         while not path.exists() or not trainability.read(path):
             assert process.poll() is None

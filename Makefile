@@ -18,7 +18,7 @@ REQUIREMENTS := $(VENV)/.requirements-installed
 TOOLS := $(VENV)/.tools-installed
 PACKAGE := $(VENV)/.lbe_ops-installed
 BUILD_OPTIONS := $(VENV)/.build-options
-SOURCES := $(shell find lbe_ops cc cuda -type f -not -name '*.py[co]' \
+SOURCES := $(shell find lbe_ops lbe_ops_numpy-stubs cc cuda -type f -not -name '*.py[co]' \
              -not -name '*.so' 2>/dev/null) \
            CMakeLists.txt setup.py MANIFEST.in README.md LICENSE
 CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.cc cuda/*.cu cuda/*.cuh tests/*.h tests/*.cc benchmarks/*.c)
@@ -26,7 +26,7 @@ CXX_SOURCES = $(wildcard cc/*.h cc/*.cc cuda/*.cc cuda/*.cu cuda/*.cuh tests/*.h
 # $(call timed,what,command): says how long the command took.
 timed = @echo '$(2)'; start=$$(date +%s); $(2) && echo "$(1): $$(($$(date +%s) - start)) s"
 
-.PHONY: help demo test test-matrix build wheel bench bench-training bench-distributed test-gpu bench-gpu evidence-gpu docs lint format sanitize test-aarch64 clean
+.PHONY: help demo test test-long test-all test-matrix build wheel bench bench-training bench-distributed test-gpu bench-gpu evidence-gpu docs lint lint-python lint-types lint-cxx format sanitize test-aarch64 clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -45,10 +45,16 @@ demo: $(PACKAGE) ## train 50 GELU layers with and without LBE, plots and a short
 
 # In tests/, where `import lbe_ops` cannot mean the source folder. A process for each
 # core takes one file after the other, in the order of tests/conftest.py.
-PYTEST = ../$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST = LBE_REQUIRE_NATIVE=1 LBE_TEST_INSTALLED=1 \
+  ../$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test: $(PACKAGE) $(TOOLS) ## all tests, on the installed wheel
-	cd tests && LBE_REQUIRE_NATIVE=1 LBE_TEST_INSTALLED=1 $(PYTEST) $(PYTEST_ARGS)
+test: $(PACKAGE) $(TOOLS) ## all tests but the long ones, on the installed wheel
+	cd tests && $(PYTEST) -m "not long and not slow and not gpu" $(PYTEST_ARGS)
+
+test-long: $(PACKAGE) $(TOOLS) ## the long tests: emulated CUDA, examples, several processes
+	cd tests && $(PYTEST) -m "long and not gpu" $(PYTEST_ARGS)
+
+test-all: test test-long ## both; what CI runs
 
 build: $(PACKAGE) ## build the wheel into dist/ and install it into .venv
 
@@ -97,9 +103,17 @@ docs: $(DOCS)/.installed ## the documentation site, into site/; a warning is an 
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 	@echo "the documentation: site/index.html"
 
-lint: $(TOOLS) ## check the style of Python and C++
+lint: lint-python lint-types lint-cxx ## check the style of Python and C++, and types
+
+# One by one for .pre-commit-config.yaml.
+lint-python: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-types: $(TOOLS)
+	$(BIN)/mypy
+
+lint-cxx: $(TOOLS)
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 format: $(TOOLS) ## put Python and C++ into that style
@@ -141,7 +155,7 @@ test-aarch64: $(REQUIREMENTS) ## kernel tests for aarch64, emulated, and whether
 	echo "the same digests, all $$(wc -l < build/aarch64/digests)"
 
 clean: ## remove .venv and everything built; results/ stays
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
 # One line that names what to install, not a page of errors later.
 $(REQUIREMENTS): pyproject.toml .ci/requirements.py

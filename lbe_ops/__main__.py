@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `python -m lbe_ops info | train`, or `lbe-ops info | train`."""
+"""The command line, `python -m lbe_ops` or `lbe-ops`: info, train, report, map."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from lbe_ops import experiments, info
-from lbe_ops.experiments import map
+from lbe_ops.experiments import map, report
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -24,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     train = commands.add_parser("train", help="deep plain nets with and without LBE")
     experiments.add_arguments(train)
     train.set_defaults(run=experiments.run)
+
+    comparison = commands.add_parser("report", help="runs of train side by side")
+    report.add_arguments(comparison)
+    comparison.set_defaults(run=report.run)
 
     trainability = commands.add_parser("map", help="which nets train, and with what")
     map.add_arguments(trainability)

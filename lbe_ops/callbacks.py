@@ -170,9 +170,9 @@ class BatchEntropyLogger(keras.callbacks.Callback):
             for name, rows in self.measured.items():
                 history.history.setdefault(name, []).append(rows[-1])
         if self._csv is not None:
-            self._append_csv({"epoch": epoch, **summary})
+            self._append_csv(pathlib.Path(self._csv), {"epoch": epoch, **summary})
         if self._tensorboard is not None:
-            self._summarize(epoch, summary)
+            self._summarize(os.fspath(self._tensorboard), epoch, summary)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Draws, and closes what is open."""
@@ -182,8 +182,7 @@ class BatchEntropyLogger(keras.callbacks.Callback):
         if self._plot is not None and self.values:
             self.plot(self._plot)
 
-    def _append_csv(self, summary: dict[str, Any]) -> None:
-        path = pathlib.Path(self._csv)
+    def _append_csv(self, path: pathlib.Path, summary: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         columns, row = list(summary), list(summary.values())
         for measure, rows in self.measured.items():
@@ -205,9 +204,9 @@ class BatchEntropyLogger(keras.callbacks.Callback):
                 writer.writerow(columns)
             writer.writerow(row[: len(header or columns)])
 
-    def _summarize(self, epoch: int, summary: dict[str, Any]) -> None:
+    def _summarize(self, folder: str, epoch: int, summary: dict[str, Any]) -> None:
         if self._writer is None:
-            self._writer = tf.summary.create_file_writer(os.fspath(self._tensorboard))
+            self._writer = tf.summary.create_file_writer(folder)
         with self._writer.as_default(step=epoch):
             for name, value in summary.items():
                 tf.summary.scalar(f"batch_entropy/{name}", value)
@@ -235,7 +234,7 @@ class BatchEntropyLogger(keras.callbacks.Callback):
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(len(self.measured), 2, squeeze=False)
         for row, (name, values) in zip(panels, self.measured.items(), strict=True):
-            self._draw(*row, np.asarray(values), LABELS[name])
+            self._draw(row[0], row[1], np.asarray(values), LABELS[name])
         panels[0, 0].legend()
 
         path = pathlib.Path(path)

@@ -62,7 +62,8 @@ def reporting_call(
         y = call(inputs)
         regularizer.report(recording, y, name)
         return y
-    served = products = None
+    served: tuple[str, float] | None = None
+    products: Any = None
     for function, names in ACTIVATIONS.items():
         if layer.activation is function:
             served = names
@@ -70,7 +71,7 @@ def reporting_call(
         products = keras.ops.matmul(inputs, layer.kernel)
     elif served and layer.data_format == "channels_last":
         products = layer.convolution_op(inputs, layer.kernel)
-    if products is None:
+    if served is None or products is None:
         return tapped(regularizer, recording, name, call(inputs))
     activation, slope = served
     epilogue = {"bias": layer.bias, "activation": activation, "slope": slope}

@@ -140,7 +140,8 @@ class DeltaOrthogonal(keras.initializers.Initializer):
                 "DeltaOrthogonal is for kernels [*window, inputs, units]. "
                 f"Received: shape={tuple(shape)}"
             )
-        matrix = self.gain * _orthogonal(*shape[-2:], _generator(self.seed))
+        inputs, units = shape[-2:]
+        matrix = self.gain * _orthogonal(inputs, units, _generator(self.seed))
         return _at_the_centre(matrix, shape, dtype)
 
     def get_config(self) -> dict[str, object]:
@@ -360,12 +361,13 @@ def lsuv(
         if layer not in done:
             done[layer] = None  # for calls from inside of the measurement
             try:
-                done[layer] = scale(layer, lambda: _variance(layer, call, args, kwargs))
+                scaled = scale(layer, lambda: _variance(layer, call, args, kwargs))
             except ValueError as error:
                 failure = error
                 raise
+            done[layer] = scaled
             if verbose:
-                print("{}: kernel times {:.4g}, variance {:.4g}".format(*done[layer]))
+                print("{}: kernel times {:.4g}, variance {:.4g}".format(*scaled))
         return call(*args, **kwargs)
 
     try:
@@ -383,7 +385,7 @@ def lsuv(
         if failure is not None:  # and not what Keras made of it
             raise failure from None
         raise
-    return list(done.values())
+    return [scaled for scaled in done.values() if scaled is not None]
 
 
 def _has_kernel(layer: keras.layers.Layer) -> bool:

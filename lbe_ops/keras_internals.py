@@ -64,7 +64,7 @@ def exclude_from_weight_decay(optimizer: Any, name: str) -> None:
         return
     names = [name, *([] if pattern is None else [pattern.pattern])]
     if not optimizer.built:
-        variables = getattr(optimizer, "_exclude_from_weight_decay", set())
+        variables: set[Any] = getattr(optimizer, "_exclude_from_weight_decay", set())
         optimizer.exclude_from_weight_decay(var_names=names)
         optimizer._exclude_from_weight_decay = variables
     else:

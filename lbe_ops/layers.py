@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import keras
 import tensorflow as tf
+from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from lbe_ops import ops, recorder, targets
 from lbe_ops.fuse import reporting_call, tapped
@@ -21,7 +22,7 @@ from lbe_ops.keras_internals import flatten_layers
 from lbe_ops.loss import LBELoss
 from lbe_ops.model import LBEModel
 from lbe_ops.regularizer import LBERegularizer
-from lbe_ops.strength import Schedule, strength_of
+from lbe_ops.strength import strength_of
 
 AnyLayer = TypeVar("AnyLayer", bound=keras.layers.Layer)
 Selection = (
@@ -401,7 +402,7 @@ def select_layers(model: keras.Model, layers: Selection) -> list[keras.layers.La
     elif callable(layers):
         selected = [layer for layer in candidates if layers(layer)]
     else:
-        names = set(layers)
+        names: set[Any] = set(layers)
         missing = names - {layer.name for layer in candidates}
         if missing:
             raise ValueError(f"There is no such layer. Received: {sorted(missing)}")

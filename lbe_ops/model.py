@@ -18,6 +18,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from lbe_ops import recorder, targets
 from lbe_ops.fuse import fuse_layers
@@ -30,7 +31,7 @@ from lbe_ops.keras_internals import (
 from lbe_ops.loss import LBELoss, find_regularizers
 from lbe_ops.recorder import Recording
 from lbe_ops.regularizer import ALPHA_NAME, LBERegularizer
-from lbe_ops.strength import Schedule, Strength, strength_of
+from lbe_ops.strength import Strength, strength_of
 from lbe_ops.synchronized import replicas, synchronize, warn_of
 
 # Whether `losses` is empty for now, so that Keras computes the compiled loss alone.

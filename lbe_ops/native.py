@@ -199,7 +199,7 @@ def binary_interface(version: str) -> str:
     """
     if "dev" in version:
         return version.replace("-dev", ".dev")
-    return re.match(r"\d+\.\d+", version)[0]
+    return ".".join(re.findall(r"\d+", version)[:2])
 
 
 def built_for(path: pathlib.Path) -> str | None:

@@ -302,13 +302,20 @@ def epilogue_moments(
     )
     ops = select(native, lowered=False)
     biases = [] if bias is None else [bias]
-    epilogue = {"activation": activation, "slope": slope}
+    epilogue: dict[str, Any] = {"activation": activation, "slope": slope}
 
     def gradient(outputs: Any, *grads: tf.Tensor) -> list[tf.Tensor]:
         of_batch, count = moments.of_batch, len(biases)
         if ops is None:
+            dy, entropy_grad = grads
             return reference.epilogue_gradient(
-                outputs.y, of_batch, *grads, biases=count, **epilogue, **formula
+                outputs.y,
+                of_batch,
+                dy,
+                entropy_grad,
+                biases=count,
+                **epilogue,
+                **formula,
             )
         attributes = {**epilogue, "slope": repr(slope), **_attributes(formula)}
         return gradients.epilogue(

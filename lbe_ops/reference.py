@@ -11,7 +11,7 @@ Regularization", TMLR 2022 (arXiv 2208.01134).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -144,7 +144,8 @@ def entropy_gradient(
         Of the shape of x; 0 where the batch has fewer than two samples. It cannot be
         differentiated, since the statistics are not those of x.
     """
-    dx = _entropy_gradient(x, *of_batch, entropy_grad, ddof, scale, offset)
+    mean, variance, count = of_batch
+    dx = _entropy_gradient(x, mean, variance, count, entropy_grad, ddof, scale, offset)
     return tf.raw_ops.PreventGradient(
         input=tf.cast(dx, x.dtype), message=NO_SECOND_GRADIENT
     )
@@ -172,7 +173,10 @@ def epilogue_gradient(
         biases: how many there are.
         activation, slope, ddof, scale, offset: as for `lbe_ops.ops.epilogue`.
     """
-    share = _entropy_gradient(y, *of_batch, entropy_grad, ddof, scale, offset)
+    mean, variance, count = of_batch
+    share = _entropy_gradient(
+        y, mean, variance, count, entropy_grad, ddof, scale, offset
+    )
     derivative = DERIVATIVES[activation](tf.cast(y, share.dtype), slope)
     dz = derivative * (tf.cast(dy, share.dtype) + share)
     grads = [dz]
@@ -301,7 +305,7 @@ ACTIVATIONS = {
     "softplus": lambda z, slope: tf.math.softplus(z),
 }
 _SELU_SCALE, _SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
-DERIVATIVES = {
+DERIVATIVES: dict[str, Callable[[tf.Tensor, float], tf.Tensor]] = {
     "linear": lambda y, slope: tf.ones_like(y),
     "relu": lambda y, slope: tf.where(y > 0, tf.ones_like(y), 0),
     "leaky_relu": lambda y, slope: tf.where(y > 0, tf.ones_like(y), slope),

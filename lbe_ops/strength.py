@@ -7,10 +7,9 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from lbe_ops.regularizer import is_finite
-
-Schedule = keras.optimizers.schedules.LearningRateSchedule
 
 
 def strength_of(value: Any) -> float | Schedule:
@@ -95,7 +94,8 @@ class Strength:
                 "there is no optimizer. Compile the model with one, or set a number. "
                 f"Received: LBE_strength={self.value!r}"
             )
-        return tf.cast(self.value(optimizer.iterations), dtype)
+        schedule: Any = self.value
+        return tf.cast(schedule(optimizer.iterations), dtype)
 
     def get_config(self) -> float | dict[str, Any]:
         """The float, or the serialised schedule."""

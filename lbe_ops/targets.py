@@ -77,7 +77,7 @@ def max_entropy(
         raise ValueError(f"units must be at least 1. Received: units={units!r}")
     low, high = RANGES.get(function, (-math.inf, math.inf))
     variance = ((high - low) / 2) ** 2
-    if function in _SUM_IS_ONE and (units or 0) > 2:
+    if function in _SUM_IS_ONE and units is not None and units > 2:
         variance = (1 - 1 / units) / units
     return 0.5 * math.log(formula["scale"] * variance + formula["offset"])
 

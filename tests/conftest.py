@@ -44,6 +44,7 @@ if os.environ.get("CI"):
 # The files that take longest, for `make test`, where whole files go to processes.
 LONGEST = (
     *("cuda_emulation", "ops", "synchronized", "experiments_distributed"),
+    "experiments_failures",
     *("experiments", "epilogue", "synchronized_ops", "xla"),
 )
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests share: the one table of tolerances, requirements, samples, assertions."""
 
+import ast
 import dataclasses
 import fcntl
 import importlib
@@ -88,6 +89,60 @@ def import_numpy_module():
     return pytest.importorskip(
         "lbe_ops_numpy", reason="built without the native library"
     )
+
+
+def stubbed():
+    """What the stub of lbe_ops_numpy names, with all signatures that it has of each."""
+    stub = ROOT / "lbe_ops_numpy-stubs" / "__init__.pyi"
+    found = {}
+
+    def visit(nodes, prefix=""):
+        for node in nodes:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found[node.name] = []
+                visit(node.body, f"{node.name}.")
+            elif isinstance(node, ast.FunctionDef):
+                found.setdefault(prefix + node.name, []).append(_arguments(node))
+
+    visit(ast.parse(stub.read_text()).body)
+    return found
+
+
+def signatures(module):
+    """The same of a module by pybind11, which writes signatures into docstrings."""
+    found = {}
+
+    def visit(owner, prefix=""):
+        for name, value in vars(owner).items():
+            if isinstance(value, property):
+                found[prefix + name] = [_arguments(_parsed("f(self)"))]
+            elif isinstance(value, type):
+                found[name] = []
+                visit(value, f"{name}.")
+            elif callable(value) and not name.startswith("_"):
+                first = value.__doc__.splitlines()[0]
+                found[prefix + name] = [_arguments(_parsed(first))]
+
+    visit(module)
+    return found
+
+
+def _parsed(signature):
+    return ast.parse(f"def {signature}: ...").body[0]
+
+
+def _arguments(function):
+    """Names, kinds and default values of the arguments."""
+    given = function.args
+    required = [None] * (len(given.args) - len(given.defaults))
+    return [
+        (kind, argument.arg, None if default is None else ast.literal_eval(default))
+        for kind, arguments, defaults in (
+            ("positional", given.args, [*required, *given.defaults]),
+            ("keyword", given.kwonlyargs, given.kw_defaults),
+        )
+        for argument, default in zip(arguments, defaults, strict=True)
+    ]
 
 
 def missing_gpu(reason):

@@ -14,7 +14,14 @@ import sys
 import numpy as np
 import oracle
 import pytest
-from helpers import TOLERANCES, import_numpy_module, missing_gpu, module_with_gpu
+from helpers import (
+    TOLERANCES,
+    import_numpy_module,
+    missing_gpu,
+    module_with_gpu,
+    signatures,
+    stubbed,
+)
 from ml_dtypes import bfloat16
 
 # One warp and less, ragged rows that are not aligned, several tiles, many splits.
@@ -131,6 +138,13 @@ def test_values_and_bits(module, dtype, shape, formula):
     error = np.abs(grads[0].numpy().astype(np.float64) - expected_grad).max()
     allowed = tolerance.grad * np.abs(expected_grad).max() + tolerance.grad_atol
     assert error <= allowed
+
+
+def test_stub_has_the_names_and_signatures_of_the_module(emulated_module):
+    of_stub, of_module = stubbed(), signatures(emulated_module)
+    assert of_stub.keys() == of_module.keys() and "CudaArray.numpy" in of_module
+    for name, found in of_module.items():
+        assert of_stub[name] in (found, found * 2), name
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])

@@ -25,7 +25,7 @@ import pytest
 from helpers import save_patterns
 
 from lbe_ops import native
-from lbe_ops.experiments import command, data, distribution, plots
+from lbe_ops.experiments import command, data, distribution, plots, results
 from lbe_ops.experiments.distribution import Cluster
 from lbe_ops.experiments.errors import ExperimentError
 
@@ -345,7 +345,12 @@ def test_workers_compare_settings_data_and_the_state_of_the_run(
         arguments = words(npz, folder, "--lbe", *more)
         parser = command.argparse.ArgumentParser()
         command.add_arguments(parser)
-        return lambda cluster: command._prepare(parser.parse_args(arguments), cluster)
+
+        def prepared(cluster):
+            with contextlib.ExitStack() as held:
+                return command._prepare(parser.parse_args(arguments), cluster, held)
+
+        return prepared
 
     def agree(first, second):
         one, same = meet(monkeypatch, first, second)
@@ -367,6 +372,10 @@ def test_workers_compare_settings_data_and_the_state_of_the_run(
     assert not agree(
         prepare("--overwrite", folder=run), prepare("--overwrite", folder=b)
     )
+    # The chief alone writes; whom another process keeps from it, tells all of them.
+    with results.RunFolder(run).exclusively():
+        line = agree(prepare(folder=run), prepare(folder=run))
+    assert f"worker 0: {run} is being written by process {os.getpid()}" in line
     again = prepare("--width", 9, folder=run)
     assert "width: 8 there, 9 here" in agree(again, again)
 

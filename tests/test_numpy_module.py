@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from helpers import TOLERANCES, import_numpy_module
+from helpers import TOLERANCES, import_numpy_module, signatures, stubbed
 
 lbe_ops_numpy = import_numpy_module()
 FORMULA = {"ddof": 1, "scale": 3.0, "offset": 0.25}
@@ -25,6 +25,18 @@ def same_bits(found, expected):
         for arrays in (found, expected)
     )
     return found == expected
+
+
+def test_stub_has_the_names_and_signatures_of_the_module():
+    of_stub, of_module = stubbed(), signatures(lbe_ops_numpy)
+    assert len(of_module) >= 7
+    for name, (signature,) in of_module.items():
+        assert of_stub.pop(name) in ([signature], [signature] * 2), name
+    # What only a build with CUDA has; test_cuda_arrays.py compares all of it.
+    if lbe_ops_numpy.build_info()["cuda"] == "no":
+        assert {name.split(".")[0].lower()[:4] for name in of_stub} == {"cuda"}
+    else:
+        assert not of_stub
 
 
 def test_it_needs_no_tensorflow():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The installed package: what it says about itself, and what it asks for."""
 
+import datetime
 import importlib.metadata
 import json
 import os
@@ -18,6 +19,7 @@ from lbe_ops import __main__, info, native
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 INSTALLATION = ROOT / "docs" / "installation.md"
+STUB = ROOT / "lbe_ops_numpy-stubs" / "__init__.pyi"
 
 needs_installation = pytest.mark.skipif(
     os.environ.get("LBE_TEST_INSTALLED") != "1",
@@ -35,6 +37,10 @@ def run_python(*arguments, cwd, **env):
         text=True,
         check=False,
     )
+
+
+def read(name):
+    return (ROOT / name).read_text()
 
 
 @needs_installation
@@ -83,8 +89,73 @@ def test_wheel_holds_the_libraries_and_the_licence():
     if os.environ.get("LBE_REQUIRE_XLA") == "1":
         assert native.XLA_LIBRARY_NAME in names
     assert any(name.startswith("lbe_ops_numpy.") for name in names)
+    paths = {str(file) for file in files}
+    assert {"lbe_ops/py.typed", "lbe_ops_numpy-stubs/__init__.pyi"} <= paths
     # None for a TensorFlow of its own: the kernels are there once.
     assert len([f for f in files if f.name == "liblbe_kernels.so"]) == 1
+
+
+def test_types_are_built_into_the_wheel(tmp_path):
+    """With and without native libraries: the stub says what those have."""
+    command = ["setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    done = run_python(*command, cwd=ROOT, LBE_NATIVE="OFF")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "lbe_ops" / "py.typed").exists()
+    stub = (tmp_path / "lbe_ops_numpy-stubs" / "__init__.pyi").read_text()
+    assert stub == STUB.read_text()
+
+
+def test_version_has_an_entry_in_the_changelog_and_the_citation():
+    """All three name the version, and a date: the tag can be made."""
+    version = re.search(r'^version = "(.*)"$', read("pyproject.toml"), re.M)[1]
+    newest = re.search(r"^## (.*)$", read("CHANGELOG.md"), re.M)[1]
+    if newest == "Unreleased":  # changes since the tag
+        newest = re.findall(r"^## (.*)$", read("CHANGELOG.md"), re.M)[1]
+    cited = dict(re.findall(r"^([a-z-]+): (.+)$", read("CITATION.cff"), re.M))
+    assert newest == f"{version} ({cited['date-released']})"
+    assert datetime.date.fromisoformat(cited["date-released"])
+    assert (cited["version"], cited["title"]) == (version, "lbe_ops")
+    licence = re.search(r'^license = "(.*)"$', read("pyproject.toml"), re.M)[1]
+    assert cited["license"] == licence
+
+
+def test_citation_is_of_the_paper_that_the_readme_names():
+    citation = read("CITATION.cff")
+    paper = citation[citation.index("preferred-citation:") :]
+    title = " ".join(re.search(r"title: >-\n((?: {4}.*\n)+)", paper)[1].split())
+    url = re.search(r"url: (\S+)", paper)[1]
+    readme = " ".join(read("README.md").split())
+    assert title in readme and url in readme
+    assert re.findall(r"family-names: (.*)", paper)[0] == "Peer"
+    assert "of Peer et al." in readme
+
+
+def test_hooks_and_lint_are_the_same_commands():
+    hooks = re.findall(
+        r"^        entry: make (\S+)$", read(".pre-commit-config.yaml"), re.M
+    )
+    lint = re.search(r"^lint: (.*?) ##", read("Makefile"), re.M)[1]
+    assert hooks == lint.split()
+    for target in hooks:
+        assert re.search(rf"^{target}: .*\n\t\$\(BIN\)/", read("Makefile"), re.M)
+
+
+def test_ci_runs_on_every_python():
+    workflow = read(".github/workflows/ci.yml")
+    pythons = re.search(r"python: \[(.*)\]", workflow)[1]
+    first, end = re.search(
+        r'python = ">=3\.(\d+),<3\.(\d+)"', read("pyproject.toml")
+    ).groups()
+    assert re.findall(r'"(.*?)"', pythons) == [
+        f"3.{i}" for i in range(int(first), int(end))
+    ]
+    assert "run: .ci/run\n" in workflow and os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_issues_ask_for_what_info_prints():
+    form = read(".github/ISSUE_TEMPLATE/bug.yml")
+    asked = form[form.index("id: info") :]
+    assert "`python -m lbe_ops info`" in asked and "required: true" in asked
 
 
 def supported():

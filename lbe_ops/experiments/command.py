@@ -6,8 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
-import math
+import functools
 import os
 import pathlib
 import platform
@@ -23,12 +22,13 @@ import tensorflow as tf
 
 import lbe_ops
 from lbe_ops.experiments import data as data_module
-from lbe_ops.experiments import distribution
+from lbe_ops.experiments import distribution, report
 from lbe_ops.experiments import settings as settings_module
-from lbe_ops.experiments.errors import ExperimentError, WorkerLostError
-from lbe_ops.experiments.results import NETS, RunFolder, write_json
+from lbe_ops.experiments.ending import exit_status
+from lbe_ops.experiments.errors import ExperimentError, require_installed
+from lbe_ops.experiments.results import NETS, RunFolder
 from lbe_ops.experiments.settings import PRESETS, Settings, stem
-from lbe_ops.experiments.tasks import Classification, Reconstruction, task_of
+from lbe_ops.experiments.tasks import task_of
 
 DESCRIPTION = """\
 Trains a deep network (a plain one, without normalization and shortcuts, unless
@@ -94,6 +94,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="remove earlier results of the folder"
     )
     run_group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train and write nothing: print all settings, and by a few steps on one "
+        "device how many parameters, how much memory and how much time it takes",
+    )
+    run_group.add_argument(
         "--devices",
         type=int,
         default=1,
@@ -115,25 +121,15 @@ def run(arguments: argparse.Namespace) -> int:
         arguments: what a parser with `add_arguments` made.
 
     Returns:
-        The exit status. 0: done; 2: a bad argument, unreadable data or a conflicting
-        result, told in one line; 3: another worker is gone; 130: interrupted. Other
-        workers that do not come in time end the whole process, with 1.
+        The exit status, as `ending.exit_status` makes it. Other workers that do not
+        come in time end the whole process, with 1.
     """
-    try:
-        _run(arguments)
-    except (ExperimentError, lbe_ops.NativeUnavailableError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except WorkerLostError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:
-        print(
-            "interrupted; the same command continues after the last finished epoch",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+
+    def work() -> None:
+        with contextlib.ExitStack() as held:
+            _run(arguments, held)
+
+    return exit_status(work, "the same command continues after the last finished epoch")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -151,7 +147,7 @@ def _add_setting(group: Any, field: dataclasses.Field) -> None:
         options["action"] = argparse.BooleanOptionalAction
         default = "on" if default else "off"
     else:
-        options["type"] = {"int": int, "float": float, "str": str}[field.type]
+        options["type"] = {"int": int, "float": float, "str": str}[str(field.type)]
         if choices:
             options["choices"] = choices
         else:
@@ -165,10 +161,13 @@ def _add_setting(group: Any, field: dataclasses.Field) -> None:
     )
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace, held: contextlib.ExitStack) -> None:
     cluster = distribution.read_cluster()
+    if arguments.dry_run:
+        _dry_run(_prepare(arguments, cluster, held)[0])
+        return
     strategy, plan = distribution.start(
-        cluster, arguments.devices, lambda: _prepare(arguments, cluster)
+        cluster, arguments.devices, lambda: _prepare(arguments, cluster, held)
     )
     settings, data, folder = plan.settings, plan.data, plan.folder
     # Imported here, since they need what was just checked.
@@ -200,17 +199,14 @@ def _run(arguments: argparse.Namespace) -> None:
                     f"note: the run began elsewhere, last bits may differ ({changed})"
                 )
         print(
-            f"{stem(settings.data)}: {len(data.x_train)} training and "
-            f"{len(data.x_test)} validation samples, {data.classes} classes; "
-            f"{settings.depth} {settings.model} layers x {settings.width}, "
-            f"{settings.activation}, {settings.initializer}; batch entropy: {plan.op}; "
+            _described(plan)
             + f"replicas: {replicas}; " * bool(replicas)
             + f"results in {folder.path}"
             + f", written by {cluster.names[0]}" * cluster.several,
             flush=True,
         )
         for net in plan.nets:
-            title = net.replace("_lbe", " LBE")
+            title = report.title(net)
             if net in plan.finished:
                 print(
                     f"{title}: finished earlier, nothing to train "
@@ -223,7 +219,7 @@ def _run(arguments: argparse.Namespace) -> None:
                 data,
                 folder.net(net),
                 NETS[net],
-                lambda line, title=title: print(f"{title}: {line}", flush=True),
+                functools.partial(_say, title),
                 strategy=strategy,
                 write=cluster.chief,
                 resume=not arguments.overwrite,
@@ -233,7 +229,8 @@ def _run(arguments: argparse.Namespace) -> None:
             task = task_of(settings)
             chance = task.chance(data)
             plots.draw(folder, chance, task)
-            _summarize(folder, chance, task)
+            report.summarize(folder, chance, task)
+            print(f"results, weights and plots: {folder.path}")
         distribution.wait_for_all(strategy, cluster)
 
 
@@ -243,6 +240,7 @@ class _Plan:
 
     Attributes:
         finished: those of the nets that are trained already.
+        done: the epochs that each net has behind it.
         config: settings, data and nets, for the folder.
         op: which op serves.
     """
@@ -252,14 +250,67 @@ class _Plan:
     folder: RunFolder
     nets: list[str]
     finished: list[str]
+    done: dict[str, int]
     config: dict[str, Any]
     op: str
 
 
+def _described(plan: _Plan) -> str:
+    settings, data = plan.settings, plan.data
+    return (
+        f"{stem(settings.data)}: {len(data.x_train)} training and "
+        f"{len(data.x_test)} validation samples, {data.classes} classes; "
+        f"{settings.depth} {settings.model} layers x {settings.width}, "
+        f"{settings.activation}, {settings.initializer}; batch entropy: {plan.op}; "
+    )
+
+
+def _dry_run(plan: _Plan) -> None:
+    """Prints what the plan is and what it takes; writes nothing."""
+    from lbe_ops.experiments import estimate
+    from lbe_ops.experiments import nets as nets_module
+    from lbe_ops.experiments.train import duration
+
+    settings, data = plan.settings, plan.data
+    print(f"{_described(plan)}results would be in {plan.folder.path}")
+    for name, value in settings.as_dict().items():
+        print(f"  --{name.replace('_', '-'):20} {value}")
+    wanted = [net for net in plan.nets if net not in plan.finished]
+    for net in plan.finished:
+        print(f"{report.title(net)}: finished earlier, nothing to train")
+    if not wanted:
+        return
+    with lbe_ops.use_native(settings_module.NATIVE_MODES[settings.native]):
+        nets_module.check(settings, data.x_train[:2], data.classes)
+        costs = [estimate.measure(settings, data, NETS[net]) for net in wanted]
+    epochs = [settings.epochs - plan.done[net] for net in wanted]
+    seconds = [
+        cost.start_seconds + left * cost.epoch_seconds
+        for cost, left in zip(costs, epochs, strict=True)
+    ]
+    rows = [
+        ("parameters", [f"{cost.parameters:,}" for cost in costs]),
+        ("checkpoint", [f"{cost.saved_bytes / 2**20:.1f} MiB" for cost in costs]),
+        ("until the first step", [duration(cost.start_seconds) for cost in costs]),
+        ("an epoch", [f"{cost.epoch_seconds:.2g} s" for cost in costs]),
+        ("epochs to train", [str(left) for left in epochs]),
+        ("all together, about", [duration(each) for each in seconds]),
+    ]
+    report.show([report.title(net) for net in wanted], [rows])
+    memory = estimate.memory()
+    known = "" if memory is None else f"memory: {memory / 2**30:.1f} GiB, "
+    print(f"{known}time: about {duration(sum(seconds))}; nothing was written")
+
+
 def _prepare(
-    arguments: argparse.Namespace, cluster: distribution.Cluster
+    arguments: argparse.Namespace,
+    cluster: distribution.Cluster,
+    held: contextlib.ExitStack,
 ) -> tuple[_Plan, dict[str, Any]]:
-    """The plan, and what of it must be the same on all workers; starts no device."""
+    """The plan, and what of it must be the same on all workers; starts no device.
+
+    The chief, which alone writes, keeps others from it as long as `held` is open.
+    """
     given = vars(arguments)
     distribution.check_devices(cluster, arguments.devices)
     folder, base, nets = _start(given)
@@ -269,7 +320,7 @@ def _prepare(
             "--steps-per-execution must be 1 for several devices: TensorFlow cannot "
             f"add up over them in a loop. Received: {settings.steps_per_execution}"
         )
-    _check_installed(settings)
+    require_installed("matplotlib", "rich", *["sklearn"] * (settings.data == "digits"))
     if folder is None:
         name = given["name"] or settings.default_name()
         folder = RunFolder(pathlib.Path(given["output"] or f"results/{name}"))
@@ -279,12 +330,20 @@ def _prepare(
             op = "native" if lbe_ops.native.select() else "plain TensorFlow"
         except (ValueError, lbe_ops.NativeUnavailableError) as error:
             raise ExperimentError(str(error)) from error
-    config = {"settings": settings.as_dict(), "data": data.describe(), "nets": nets}
+    config: dict[str, Any] = {
+        "settings": settings.as_dict(),
+        "data": data.describe(),
+        "nets": nets,
+    }
     if cluster.chief:
         folder.check(config, arguments.overwrite)
+        if not arguments.dry_run:
+            held.enter_context(folder.exclusively())
     finished, states = [], dict.fromkeys(nets, "overwritten")
+    done = dict.fromkeys(nets, 0)
     if not arguments.overwrite:
         finished = [net for net in nets if folder.net(net).finished(settings.epochs)]
+        done = {net: len(folder.net(net).history()) for net in nets}
         if cluster.several:
             states = {net: folder.net(net).state(settings.epochs) for net in nets}
     facts = {
@@ -298,7 +357,11 @@ def _prepare(
         "keras": keras.__version__,
         **states,
     }
-    return _Plan(settings, data, folder, nets, finished, config, op), facts
+    return _Plan(settings, data, folder, nets, finished, done, config, op), facts
+
+
+def _say(title: str, line: str) -> None:
+    print(f"{title}: {line}", flush=True)
 
 
 @contextlib.contextmanager
@@ -333,16 +396,6 @@ def _start(
     return folder, config["settings"], given["nets"] or config["nets"]
 
 
-def _check_installed(settings: Settings) -> None:
-    """Fails before hours of training and not after them."""
-    needed = ["matplotlib", "rich"] + ["sklearn"] * (settings.data == "digits")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExperimentError(
-            f"{', '.join(missing)} not installed; pip install 'lbe_ops[experiments]'"
-        )
-
-
 def _command_line(arguments: argparse.Namespace) -> str:
     mounted = getattr(arguments, "command", None) == "train"
     program = "lbe-ops" if mounted else "python -m lbe_ops.experiments"
@@ -359,51 +412,4 @@ def _environment(op: str) -> dict[str, Any]:
         "machine": platform.machine(),
         "devices": [device.device_type for device in tf.config.list_logical_devices()],
         "batch_entropy": op,
-    }
-
-
-def _summarize(
-    folder: RunFolder, chance: float, task: Classification | Reconstruction
-) -> None:
-    """Writes summary.json and prints it as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    figures = {net: _figures(folder.net(net).history(), task) for net in NETS}
-    figures = {net: values for net, values in figures.items() if values}
-    write_json(folder.path / "summary.json", {"chance": chance, **figures})
-    table = Table("", *(net.replace("_lbe", " LBE") for net in figures))
-    for key in next(iter(figures.values())) | figures.get("with_lbe", {}):
-        cells = [values.get(key) for values in figures.values()]
-        table.add_row(
-            key.replace("_", " ").replace("val ", "validation "),
-            *("" if cell is None else f"{cell:.4g}" for cell in cells),
-        )
-    table.caption = f"{task.by_chance}: {chance:.3f}"
-    Console().print(table)
-    print(f"results, weights and plots: {folder.path}")
-
-
-def _figures(
-    rows: list[dict[str, float]], task: Classification | Reconstruction
-) -> dict[str, float]:
-    """The final figures of a history; empty for a net that was not trained."""
-    if not rows:
-        return {}
-    names = (task.score, "kl", "ce", "lbe", "max_lbe")
-    final = {
-        key: rows[-1][key]
-        for name in names
-        for key in (name, f"val_{name}")
-        if key in rows[-1]
-    }
-    score = f"val_{task.score}"
-    known = [row for row in rows if not math.isnan(row[score])] or rows
-    best = task.best(known, key=lambda row: row[score])
-    return {
-        "epochs": len(rows),
-        **final,
-        f"best_{score}": best[score],
-        "best_epoch": best["epoch"],
-        "seconds": round(sum(row["seconds"] for row in rows), 1),
     }

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import tensorflow as tf
 
 from lbe_ops import synchronized
+from lbe_ops.experiments import ending
 from lbe_ops.experiments.errors import ExperimentError, WorkerLostError
 
 ENVIRONMENT_VARIABLE = "TF_CONFIG"
@@ -152,13 +153,15 @@ def start(
             same on all of them; or TensorFlow cannot start.
         WorkerLostError: another worker has failed meanwhile.
     """
-    prepared, facts, problem = None, {}, ""
+    prepared: Any = None
+    facts: Mapping[str, Any] = {}
+    problem = ""
     try:
         prepared, facts = prepare()
-    except ExperimentError as error:
+    except ending.FAILURES as error:
         if not cluster.several:
             raise
-        problem = str(error)
+        problem = ending.reason(error)
     if devices == 1 and not cluster.several:
         return None, prepared
     try:
@@ -252,13 +255,12 @@ def _connect(
     if gpus:
         tf.config.set_visible_devices(gpus[:devices], "GPU")
     # TensorFlow would wait for an hour, in a way that neither a thread of Python nor
-    # its handler of Ctrl-C can end.
+    # its handlers of signals can end.
     faulthandler.dump_traceback_later(seconds, exit=True)
-    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        with ending.default_signals(signal.SIGINT):
+            return tf.distribute.MultiWorkerMirroredStrategy()
     finally:
-        signal.signal(signal.SIGINT, handler)
         faulthandler.cancel_dump_traceback_later()
 
 

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The errors that the command shows as one line."""
 
+from __future__ import annotations
+
+import importlib.util
+
 
 class ExperimentError(Exception):
     """A bad argument, unreadable data or a conflicting result; one line of text."""
@@ -8,3 +12,19 @@ class ExperimentError(Exception):
 
 class WorkerLostError(Exception):
     """Another worker of a training on several machines is gone; one line of text."""
+
+
+def require_installed(*modules: str) -> None:
+    """Fails before hours of training and not after them.
+
+    Args:
+        modules: what is not among the requirements of the package itself.
+
+    Raises:
+        ExperimentError: one of them is not installed.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExperimentError(
+            f"{', '.join(missing)} not installed; pip install 'lbe_ops[experiments]'"
+        )

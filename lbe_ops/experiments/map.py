@@ -8,8 +8,11 @@ draws the map. A block that was interrupted goes on where it was.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
+import errno
+import io
 import itertools
 import math
 import multiprocessing
@@ -17,11 +20,11 @@ import multiprocessing.connection
 import os
 import pathlib
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lbe_ops.experiments import ending, lock
 from lbe_ops.experiments.errors import ExperimentError
 from lbe_ops.experiments.results import replacing
 from lbe_ops.experiments.trial import ARMS, Trial
@@ -220,21 +223,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status as that of `lbe-ops train`."""
-    try:
+
+    def work() -> None:
         until = time.monotonic() + 60 * arguments.minutes
         for block in arguments.blocks:
-            _run_block(block, arguments, until)
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+            path = pathlib.Path(arguments.output) / f"{block}.csv"
+            # Others may run other blocks in the same folder.
+            mine = lock.exclusive(path.with_name(f".lock-{block}"), path)
+            with contextlib.nullcontext() if arguments.dry_run else mine:
+                _run_block(block, path, arguments, until)
+
+    return ending.exit_status(work, "the same command goes on from here")
 
 
-def _run_block(block: str, arguments: argparse.Namespace, until: float) -> None:
-    path = pathlib.Path(arguments.output) / f"{block}.csv"
+def _run_block(
+    block: str, path: pathlib.Path, arguments: argparse.Namespace, until: float
+) -> None:
     trials = BLOCKS[block]()
     done = {trial for trial, _ in read(path)} if path.exists() else set()
     missing = [trial for trial in trials if trial not in done]
@@ -328,15 +332,20 @@ def _outcomes(
                 running[receiver] = process
             for receiver in multiprocessing.connection.wait(list(running)):
                 try:
-                    yield receiver.recv()
+                    trial, outcome = receiver.recv()
                 except EOFError:
                     process = running.pop(receiver)
                     process.join()
                     if process.exitcode:
+                        # Killed: by the system, where memory is short.
                         raise ExperimentError(
                             "a process of the map has failed (see above). "
                             f"Received: exit code {process.exitcode}"
                         ) from None
+                    continue
+                if isinstance(outcome, str):
+                    raise ExperimentError(f"{trial}: {outcome}")
+                yield trial, outcome
     finally:
         for process in running.values():
             process.terminate()
@@ -344,7 +353,10 @@ def _outcomes(
 
 
 def _work(sender: Connection, trials: list[Trial], seconds: float) -> None:
-    """What a process does: sends `(trial, outcome)` for one trial after the other."""
+    """What a process does: sends `(trial, outcome)` for one trial after the other.
+
+    The outcome is a text, and the last, where the system fails.
+    """
     until = time.monotonic() + seconds
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's, which ends this
     import tensorflow as tf
@@ -353,11 +365,16 @@ def _work(sender: Connection, trials: list[Trial], seconds: float) -> None:
     tf.config.threading.set_inter_op_parallelism_threads(1)
     from lbe_ops.experiments.trainer import Trainer
 
-    trainer = Trainer(trials[0])
-    for trial in trials:
-        if time.monotonic() > until:
-            break
-        sender.send((trial, trainer.run(trial)))
+    trial = trials[0]
+    try:
+        trainer = Trainer(trial)
+        for trial in trials:
+            if time.monotonic() > until:
+                break
+            sender.send((trial, trainer.run(trial)))
+    except ending.FAILURES as error:
+        with contextlib.suppress(OSError):  # the parent is gone
+            sender.send((trial, ending.reason(error)))
 
 
 def read(path: pathlib.Path) -> list[tuple[Trial, dict[str, float]]]:
@@ -385,11 +402,25 @@ def _whole_lines(path: pathlib.Path) -> list[str]:
 
 
 def _append(path: pathlib.Path, trial: Trial, outcome: dict[str, float]) -> None:
-    """Adds a line to a file that ends with a whole one."""
+    """Adds a line to a file that ends with a whole one, or leaves it as it was.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     row = dataclasses.asdict(trial)
     row |= {name: f"{value:.6g}" for name, value in outcome.items()}
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if file.tell() == 0:
+    text = io.StringIO()
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        writer = csv.DictWriter(text, row, lineterminator="\n")
+        if size == 0:
             writer.writeheader()
         writer.writerow(row)
+        line = text.getvalue().encode()
+        try:
+            written = file.write(line)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        if written != len(line):  # as much as the disk had room for
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

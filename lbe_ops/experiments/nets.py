@@ -271,7 +271,7 @@ def _plain(layers: _Layers, shape: tuple[int, ...], classes: int) -> tuple[Any, 
     inputs = keras.Input(shape)
     first = keras.layers.Identity if conv else keras.layers.Flatten
     x = layers.input(first)(inputs)
-    outputs = []
+    outputs: list[Any] = []
     for number in range(1, layers.settings.depth + 1):
         adds = residual and number > 1 and number % 2
         x = layers.hidden(x, shortcut=outputs[-2] if adds else None)

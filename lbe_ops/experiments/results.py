@@ -4,6 +4,7 @@
 - `config.json`: settings, data, versions, command line
 - `summary.json`: the final figures of each net
 - `*.png`: plots, with and without LBE on the same axes
+- `.lock`: there while a process writes to the folder, see `lock.py`
 - `with_lbe/`, `without_lbe/`: a folder for each net, with
     - `checkpoint.npz`: weights, optimizer state and history after the last epoch
     - `history.csv`, `history.json`: a row for each epoch
@@ -16,10 +17,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
 import pathlib
+import secrets
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -27,6 +30,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from lbe_ops.experiments import lock
 from lbe_ops.experiments.errors import ExperimentError
 from lbe_ops.experiments.settings import Settings
 
@@ -35,6 +39,8 @@ PLOTS = (
     *("accuracies", "crossentropy", "reconstruction", "loss"),
     *("LBE_loss", "Max_LBE_loss", "entropy"),
 )
+# By the last one the folder is known.
+RUN_FILES = (*(f"{plot}.png" for plot in PLOTS), "summary.json", "config.json")
 NET_FILES = (
     "checkpoint.npz",
     "history.csv",
@@ -42,11 +48,15 @@ NET_FILES = (
     "entropy.csv",
     "model.weights.h5",
 )
+LOCK = ".lock"
+TEMPORARY = ".tmp-"
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary path, which takes the place of `path` when the block succeeds.
+
+    No two blocks have the same one: where several write one file, the last one wins.
 
     Args:
         path: the file to write; its folder is made if need be.
@@ -55,16 +65,20 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         A context manager for the path to write to.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; its name is in the error.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
     try:
         yield temporary
         # On the disk before the name is: a crash must not leave an empty file.
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)) and error.errno:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -273,8 +287,21 @@ class NetFolder:
             for layer, first, last in zip(numbers, before, after, strict=True)
         ]
         write_csv(self.path / "entropy.csv", rows)
+        weights = _Memory()
+        net.save_weights(weights)
         with replacing(self.weights) as temporary:
-            net.save_weights(temporary)
+            temporary.write_bytes(weights.getbuffer())
+
+
+class _Memory(io.BytesIO):
+    """What Keras writes weights to as to a file, whose name it looks at.
+
+    HDF5 would write to a file by itself, and on a full disk it ends the process by a
+    segmentation fault, or fills the screen when Python frees what was not written.
+    """
+
+    def __str__(self) -> str:
+        return ".weights.h5"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,6 +313,23 @@ class RunFolder:
     def net(self, name: str) -> NetFolder:
         """The folder of `with_lbe` or `without_lbe`."""
         return NetFolder(self.path / name)
+
+    def chance(self) -> float | None:
+        """The score by chance; None where no run has come to its end yet.
+
+        Raises:
+            ExperimentError: the summary cannot be read.
+        """
+        path = self.path / "summary.json"
+        return _read_json(path)["chance"] if path.exists() else None
+
+    def exclusively(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps other processes from writing to the folder, in a `with` block.
+
+        Raises:
+            ExperimentError: one does, or the folder cannot be written.
+        """
+        return lock.exclusive(self.path / LOCK, self.path)
 
     def config(self) -> dict[str, Any] | None:
         """What `open` wrote.
@@ -301,12 +345,19 @@ class RunFolder:
             return None
         config = _read_json(path)
         parts = {"settings", "data", "nets", "environment"}
-        if not (isinstance(config, dict) and parts <= config.keys()):
+        mappings = parts - {"nets"}
+        if not (
+            isinstance(config, dict)
+            and parts <= config.keys()
+            and all(isinstance(config[part], dict) for part in mappings)
+        ):
             raise ExperimentError(f"{path} is not that of a run; choose another folder")
         return config
 
     def open(self, config: dict[str, Any]) -> str:
         """Makes the folder, or checks that it holds a run of this configuration.
+
+        What is left of files that a killed process was writing is removed.
 
         Args:
             config: settings, data, nets and environment of this run.
@@ -325,6 +376,9 @@ class RunFolder:
             nets = {*earlier["nets"], *config["nets"]}
             config = {**config, "nets": [net for net in NETS if net in nets]}
         try:
+            for net in NETS:
+                _remove_temporary(self.path / net, NET_FILES)
+            _remove_temporary(self.path, RUN_FILES)
             write_json(self.path / "config.json", config)
         except OSError as error:
             raise ExperimentError(
@@ -366,12 +420,10 @@ class RunFolder:
             ExperimentError: the folder is not that of a run, or cannot be cleared.
         """
         self._require_own()
-        plots = [f"{plot}.png" for plot in PLOTS]
         try:
             for net in NETS:
                 _remove(self.path / net, NET_FILES)
-            # By the last one the folder is known.
-            _remove(self.path, [*plots, "summary.json", "config.json"])
+            _remove(self.path, RUN_FILES)
         except OSError as error:
             raise ExperimentError(
                 f"{self.path} cannot be cleared: {error.strerror}"
@@ -385,7 +437,13 @@ class RunFolder:
             raise ExperimentError(
                 f"{self.path} cannot be read: {error.strerror}"
             ) from error
-        if self.config() is None and {*names} - {".tmp-config.json"}:
+        foreign = [
+            name
+            for name in names
+            if name != LOCK
+            and not (name.startswith(TEMPORARY) and name.endswith("config.json"))
+        ]
+        if self.config() is None and foreign:
             raise ExperimentError(
                 f"{self.path} is neither empty nor the folder of a run; choose another "
                 "--output"
@@ -396,11 +454,18 @@ def _remove(folder: pathlib.Path, names: Sequence[str]) -> None:
     """Removes these files, what is left of writing them, and an empty folder."""
     if not folder.is_dir():
         return
+    _remove_temporary(folder, names)
     for name in names:
-        (folder / f".tmp-{name}").unlink(missing_ok=True)
         (folder / name).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _remove_temporary(folder: pathlib.Path, names: Sequence[str]) -> None:
+    """Removes what is left of writing these files."""
+    for name in names:
+        for path in folder.glob(f"{TEMPORARY}*{name}"):
+            path.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

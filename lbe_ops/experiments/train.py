@@ -80,7 +80,7 @@ def train(
         seconds = settings.depth * SECONDS_PER_LAYER[lbe]
         say(
             f"building and tracing the graph of {settings.depth} layers, "
-            f"about {_duration(max(seconds, 1))}"
+            f"about {duration(max(seconds, 1))}"
         )
     callback = _FirstStep(say)
     for epoch in range(first, settings.epochs):
@@ -131,7 +131,7 @@ class _FirstStep(keras.callbacks.Callback):
         if not self.done:
             self.done = True
             seconds = time.perf_counter() - self.started
-            self.say(f"first step done after {_duration(seconds)}")
+            self.say(f"first step done after {duration(seconds)}")
 
 
 def _plateau(
@@ -165,10 +165,11 @@ def _line(progress: Progress, epochs: int, score: str) -> str:
     recent = [row["seconds"] for row in progress.rows[-5:]]
     left = (epochs - row["epoch"]) * sorted(recent)[len(recent) // 2]
     parts.append(f"{row['seconds']:.1f} s")
-    return "  ".join(parts) + (f"  ({_duration(left)} left)" if left else "")
+    return "  ".join(parts) + (f"  ({duration(left)} left)" if left else "")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """About so long, for people."""
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     return f"{math.ceil(seconds / 60)} min"

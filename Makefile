@@ -121,7 +121,7 @@ format: $(TOOLS) ## put Python and C++ into that style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-sanitize: $(REQUIREMENTS) ## kernel tests under ASan + UBSan, then under TSan
+sanitize: $(REQUIREMENTS) ## kernel tests under ASan + UBSan, then under TSan; random calls
 	export PATH="$(abspath $(BIN)):$$PATH"; \
 	for sanitizers in address,undefined thread; do \
 	  folder=build/$$sanitizers; \
@@ -130,6 +130,17 @@ sanitize: $(REQUIREMENTS) ## kernel tests under ASan + UBSan, then under TSan
 	  for simd in avx512 avx2 baseline; do \
 	    LBE_OPS_SIMD=$$simd $$folder/kernel_test || exit 1; \
 	  done; \
+	done; \
+	folder=build/sanitized-module; options=-fsanitize=address,undefined; \
+	cmake -S . -B $$folder -G Ninja -DLBE_TENSORFLOW=OFF -DLBE_CUDA=OFF \
+	  -DLBE_OUTPUT_DIR="$(abspath build)/sanitized-module/out" \
+	  -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
+	  -DCMAKE_CXX_FLAGS="$$options -fno-sanitize-recover=all -g" && \
+	cmake --build $$folder || exit 1; \
+	for simd in avx512 avx2 baseline; do \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 LBE_OPS_SIMD=$$simd PYTHONPATH=$$folder/out \
+	  $(BIN)/python tests/fuzz_numpy.py || exit 1; \
 	done
 
 # Cross-compiled and emulated: it shows bits, not speed.

@@ -211,7 +211,7 @@ def draw(rows: Rows, path: pathlib.Path, y: str, x: str, panel: str) -> None:
             at = ys.index(place[1]), xs.index(place[2])
             for layer, arm in enumerate(("none", "lbe")):
                 if arm in found[place]:
-                    values[(layer, *at)] = found[place][arm].mean
+                    values[layer][at] = found[place][arm].mean
         values[2] = values[1] - values[0]
         for column, title in enumerate(("without LBE", "with LBE", "difference")):
             one = axes[row, column]

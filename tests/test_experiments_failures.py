@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -468,3 +470,42 @@ def test_a_process_of_the_map_without_memory_is_one_line(tmp_path, monkeypatch, 
     error = capfd.readouterr().err
     assert "Traceback" not in error
     assert "width=300000" in error and "out of memory" in error
+
+
+# The surroundings
+
+
+@pytest.mark.parametrize("home", [None, "below a file"])
+def test_a_home_is_not_needed(npz, tmp_path, monkeypatch, home):
+    """Keras and Matplotlib want one for their settings, and do without."""
+    if home is None:
+        monkeypatch.delenv("HOME")
+    else:
+        monkeypatch.setenv("HOME", str(npz / home))
+    status, _, _ = run(
+        *("train", "--data", npz, *TINY.split(), "--epochs", 1),
+        *("--output", tmp_path / "run"),
+    )
+    assert status == 0
+
+
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+def test_clocks_that_jump_change_nothing(npz, tmp_path, monkeypatch):
+    """By days, back and forth, also within a run that goes on."""
+    folders = [tmp_path / "steady", tmp_path / "jumping"]
+    for folder in folders:
+        for epochs in (2, 4):
+            command = ["train", "--data", npz, *TINY.split(), "--epochs", epochs]
+            assert command_line.main([*map(str, command), "--output", str(folder)]) == 0
+        now, jumps = time.time(), itertools.cycle((0, -86_400, 200_000))
+        monkeypatch.setattr(time, "time", lambda: now + next(jumps))  # noqa: B023
+    steady, jumping = (
+        json.loads((folder / "with_lbe" / "history.json").read_text())
+        for folder in folders
+    )
+    assert len(steady) == 4
+    for one, other in zip(steady, jumping, strict=True):
+        assert one.pop("seconds") > 0 and other.pop("seconds") > 0
+        assert one == other

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Native or reference: who chooses, and what happens where native is impossible."""
 
+import concurrent.futures
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -250,3 +254,46 @@ def test_every_gpu_that_tensorflow_uses_is_asked_about(
     assert native.select() is None
     assert len(caught) == 1
     assert asked == [1, 3]
+
+
+FORKED = """
+import os, signal, sys
+import numpy as np
+import lbe_ops, lbe_ops_numpy
+
+x = np.random.default_rng(0).normal(size=(3000, 200)).astype(np.float32)
+expected = lbe_ops_numpy.batch_entropy(x, threads=4)[0]
+child = os.fork()
+if child == 0:
+    signal.alarm(120)  # a child that waits for a thread it does not have
+    found = lbe_ops_numpy.batch_entropy(x, threads=4)[0]
+    here = float(lbe_ops.batch_entropy(x, native=True))
+    os._exit(0 if found == expected == np.float32(here) else 1)
+_, status = os.waitpid(child, 0)
+assert lbe_ops_numpy.batch_entropy(x, threads=4)[0] == expected
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_fork_after_the_import_computes(native_ops):
+    """TensorFlow itself allows a fork until its first op."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_many_threads_at_once_get_the_same_bits(native_ops, rng):
+    """Of Python, each of which lets the kernels use several."""
+    numpy_module = import_numpy_module()
+    x = rng.normal(size=(2000, 300)).astype(np.float32)
+    expected = numpy_module.batch_entropy(x)[0]
+
+    def call(number):
+        if number % 2:
+            return numpy_module.batch_entropy(x, threads=1 + number % 5)[0]
+        return lbe_ops.batch_entropy(x, native=True).numpy()
+
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        assert set(pool.map(call, range(320))) == {expected}

@@ -65,6 +65,21 @@ def test_readme_is_a_front_page():
     assert "\nmake demo " in readme and "\nmake test " in readme
 
 
+def test_tests_that_a_document_names_are_there():
+    there = {
+        match
+        for path in (ROOT / "tests").glob("test_*.py")
+        for match in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    named = {
+        (name(path), test)
+        for path in DOCUMENTS
+        for test in re.findall(r"`(test_\w+)`", path.read_text())
+    }
+    assert len(named) > 30
+    assert [each for each in sorted(named) if each[1] not in there] == []
+
+
 # Links
 
 

@@ -42,8 +42,11 @@ def site_uri(path: str) -> str:
     return path if path in AT_THE_ROOT else ""
 
 
-def on_config(config):
-    """Writes what the API pages are made of where there is no Python source."""
+def on_startup(command, dirty):
+    """Writes what the API pages are made of where there is no Python source.
+
+    Before plugins start, which pass over a folder that is not there yet.
+    """
     STUBS.mkdir(parents=True, exist_ok=True)
     names = ("numpy_module.cc", "cuda_arrays.cc")
     sources = [(ROOT / "cc" / name).read_text() for name in names]
@@ -56,9 +59,10 @@ def on_files(files, config):
     for path in (*found, *(ROOT / name for name in AT_THE_ROOT)):
         uri = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, uri, abs_src_path=str(path)))
-    for path in (ROOT / "examples").glob("*.py"):
+    for path in (ROOT / "examples").rglob("*.py"):
         text = f"# {path.name}\n\n```python\n{path.read_text()}```\n"
-        files.append(File.generated(config, f"examples/{path.stem}.md", content=text))
+        uri = path.relative_to(ROOT).with_suffix(".md").as_posix()
+        files.append(File.generated(config, uri, content=text))
     return files
 
 

@@ -1,28 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples: each runs in its quick size, and prints what its text says."""
+"""The examples: each runs as a user runs it, and prints what its text says."""
 
+import ast
+import json
 import pathlib
 import re
 import runpy
+import subprocess
 import sys
 
+import matplotlib.pyplot
 import numpy as np
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
-
-
-@pytest.fixture
-def lines(monkeypatch, capsys):
-    """Runs an example as a user does; the lines that it has printed."""
-
-    def run(name: str) -> list[str]:
-        path = str(EXAMPLES / f"{name}.py")
-        monkeypatch.setattr(sys, "argv", [path, "--quick"])
-        runpy.run_path(path, run_name="__main__")
-        return capsys.readouterr().out.splitlines()
-
-    return run
+SHORT = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+NOTEBOOKS = sorted(path.stem for path in EXAMPLES.glob("*.ipynb"))
 
 
 def numbers(line: str) -> list[float]:
@@ -32,7 +25,91 @@ def numbers(line: str) -> list[float]:
 
 def test_every_example_is_tested():
     tested = {name.removeprefix("test_") for name in globals() if "test_" in name}
-    assert {path.stem for path in EXAMPLES.glob("*.py")} <= tested
+    assert {path.stem for path in EXAMPLES.glob("paper/*.py")} <= tested
+    assert set(SHORT) == set(PRINTED)
+    assert set(NOTEBOOKS) == set(LAST_VALUES)
+
+
+# One for each thing that users do
+
+# Of what they print: a pattern, and the least and the most that its number may be.
+PRINTED = {
+    "applications": (r"accuracy 0\.\d+, ce (\d\.\d+), lbe ", 0, 10),
+    "arrays": (r"^NumPy: H = (\d\.\d+) nats", 1.0, 1.3),
+    "autoencoder": (r"squared error (0\.\d+), of the mean image 0.07", 0, 0.066),
+    "convolution": (r"accuracy (0\.\d+)", 0.3, 1),
+    "devices": (r"2 replicas, (0\.\d+)", 0.5, 1),
+    "export": (r"served \(3, (10)\) False", 10, 10),
+    "functional": (r"accuracy (0\.\d+)", 0.5, 1),
+    "own_loop": (r"epoch 5: loss (\d\.\d+)", 0, 2),
+    "residual": (r"accuracy (0\.\d+)", 0.8, 1),
+    "subclassed": (r"accuracy (0\.\d+)", 0.5, 1),
+    "transformer": (r"character (0\.\d+)", 0.25, 1),
+    "tuner": (r"'strength': (0\.\d+)", 0.01, 1),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_example_is_short(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 40
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SHORT)
+def test_example(name, tmp_path):
+    command = [sys.executable, EXAMPLES / f"{name}.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    pattern, least, most = PRINTED[name]
+    assert least <= float(re.search(pattern, done.stdout, re.MULTILINE)[1]) <= most
+    assert not list(tmp_path.iterdir())
+
+
+# Of the last cell of a notebook.
+LAST_VALUES = {
+    "diagnose": lambda value: (
+        value == ["scale gone", "rank gone", "fine", "exploding", "fine"]
+    ),
+    "quickstart": lambda value: value["with LBE"] > 0.5 > value["without LBE"],
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook(name, monkeypatch, tmp_path):
+    """Every cell in turn; what the last one that has a value shows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(matplotlib.pyplot, "show", lambda: None)
+    cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text())["cells"]
+    variables, value = {"__name__": "__main__"}, None
+    for number, cell in enumerate(cells):
+        code, place = "".join(cell["source"]), f"{name}.ipynb, cell {number}"
+        if cell["cell_type"] != "code":
+            continue
+        assert not cell["outputs"], "notebooks are kept without output"
+        tree = ast.parse(code, place)
+        shown = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, place, "exec"), variables)
+        if shown is not None:
+            found = eval(compile(ast.Expression(shown.value), place, "eval"), variables)
+            value = value if found is None else found
+    assert LAST_VALUES[name](value)
+
+
+# The experiments of the paper
+
+
+@pytest.fixture
+def lines(monkeypatch, capsys):
+    """Runs an experiment in its quick size; the lines that it has printed."""
+
+    def run(name: str) -> list[str]:
+        path = str(EXAMPLES / "paper" / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [path, "--quick"])
+        runpy.run_path(path, run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    return run
 
 
 @pytest.mark.long

@@ -3,7 +3,7 @@
 
 The experiment "normalization" of Peer et al. (TMLR 2022), with LBE beside it.
 
-    python examples/normalization.py [--quick]
+    python examples/paper/normalization.py [--quick]
 """
 
 import sys

@@ -4,7 +4,7 @@
 The directions are filter-normalized: what they add to a unit's weights is as long as
 these are (Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018).
 
-    python examples/loss_surface.py [--quick]
+    python examples/paper/loss_surface.py [--quick]
 """
 
 import sys

@@ -5,7 +5,7 @@
 variance alone, as if units were Gaussian; after a ReLU they are not: the share of
 exact zeros and the skewness beside it say how far off that is.
 
-    python examples/neuron_distribution.py [--quick]
+    python examples/paper/neuron_distribution.py [--quick]
 """
 
 import sys

@@ -5,7 +5,7 @@ Each layer's batch entropy H before and after a short training, with and without
 (the experiment "information flow" of Peer et al., TMLR 2022). Without LBE H vanishes
 with depth, and nothing is learned; LBE raises it layer by layer, from the front.
 
-    python examples/info_flow.py [--quick]
+    python examples/paper/info_flow.py [--quick]
 """
 
 import sys

@@ -149,7 +149,7 @@ def test_make_targets_that_are_named_exist(path):
 def test_commands_are_understood(monkeypatch, capsys):
     """Those of lbe-ops in all documents: their arguments are known."""
     ran = []
-    for module in (__main__.experiments, __main__.map):
+    for module in (__main__.experiments, __main__.map, __main__.report):
         monkeypatch.setattr(module, "run", lambda arguments: ran.append(arguments) or 0)
     commands = {
         command

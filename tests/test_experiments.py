@@ -624,7 +624,9 @@ def test_run_from_before_a_setting_goes_on(run, tmp_path):
     path = tmp_path / "run" / "config.json"
     config = json.loads(path.read_text())
     added = {f.name for f in dataclasses.fields(Settings) if f.metadata["added"]}
-    assert added == {"context", "norm", "latent", "kl_weight", "heads"}
+    assert added == {
+        *("context", "norm", "latent", "kl_weight", "heads", "lbe_variant"),
+    }
     for name in added:
         del config["settings"][name]
     path.write_text(json.dumps(config))

@@ -216,11 +216,19 @@ def test_chunks_have_one_graph_each_and_lose_nothing():
     assert max(costs) < sum(costs) / 4
 
 
-def test_a_failing_process_is_an_error(monkeypatch, tmp_path, capfd):
-    broken = [dataclasses.replace(SMALL, initializer="no_such")]
-    monkeypatch.setitem(trainability.BLOCKS, "smoke", lambda: broken)
+@pytest.mark.parametrize(
+    "broken, words",
+    [
+        ({"initializer": "no_such"}, "--initializer must be one that Keras knows"),
+        # More than there are samples: a fault of the block, which shows its place.
+        ({"batch_size": 10_000}, "a process of the map has failed"),
+    ],
+)
+def test_a_failing_process_is_an_error(monkeypatch, tmp_path, capfd, broken, words):
+    trials = [dataclasses.replace(SMALL, **broken)]
+    monkeypatch.setitem(trainability.BLOCKS, "smoke", lambda: trials)
     assert command_line.main(["map", "smoke", "--output", str(tmp_path)]) == 2
-    assert "a process of the map has failed" in capfd.readouterr().err
+    assert words in capfd.readouterr().err
 
 
 # Statistics

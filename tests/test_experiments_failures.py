@@ -33,9 +33,12 @@ from lbe_ops.experiments import map as trainability
 from lbe_ops.experiments.errors import ExperimentError
 from lbe_ops.experiments.trial import Trial
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="what is done to processes here is Linux'"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        sys.platform != "linux", reason="what is done to processes here is Linux'"
+    ),
+]
 
 TINY = (
     "--depth 2 --width 64 --batch-size 64 --learning-rate 0.01 --schedule constant "

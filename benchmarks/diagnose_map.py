@@ -23,6 +23,7 @@ import lbe_ops
 from lbe_ops.diagnose import FINE, REMEDIES, growth_backwards
 from lbe_ops.experiments import data, map_report, nets
 from lbe_ops.experiments import map as trainability
+from lbe_ops.experiments.results import replacing
 from lbe_ops.experiments.settings import LSUV, Settings
 from lbe_ops.experiments.trial import Trial
 
@@ -62,7 +63,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     Nets that need no cure are those that are trained without any.
     """
     header = ["activation", *REMEDIES, "right", "right of the trained, of the others"]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for activation in [*trainability.INITIALIZERS, "all"]:
         of = [r for r in rows if activation in ("all", r["activation"])]
         counts = Counter((row["illness"], row["trained"]) for row in of)
@@ -77,7 +78,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             ]
             + [f"{sum(right.values())}/{len(of)}", ", ".join(shares)]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return map_report.markdown(header, lines)
 
 
 def _is_right(row: dict[str, Any]) -> bool:
@@ -107,12 +108,17 @@ def main() -> None:
             | {name: f"{value:.4g}" for name, value in features(diagnosis).items()}
         )
         print(*rows[-1].values(), flush=True)
-    with (folder / "diagnosis.csv").open("w", newline="") as file:
+    with (
+        replacing(folder / "diagnosis.csv") as temporary,
+        temporary.open("w", newline="") as file,
+    ):
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    (folder / "diagnosis.md").write_text(table(rows))
-    print(table(rows), end="")
+    text = table(rows)
+    with replacing(folder / "diagnosis.md") as temporary:
+        temporary.write_text(text)
+    print(text, end="")
 
 
 if __name__ == "__main__":

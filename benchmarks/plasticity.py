@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from lbe_ops.experiments.map_report import mean_interval, sign_flip
+from lbe_ops.experiments.map_report import markdown, mean_interval, sign_flip
 from lbe_ops.experiments.results import replacing
 
 ARMS = ("none", "lbe", "l2_to_init", "layer_norm")
@@ -130,11 +130,9 @@ def table(rows: Rows) -> str:
         form = f"{sign}.3f"
         return f"{np.mean(values):{form}} [{low:{form}}, {high:{form}}]"
 
-    lines = [
-        f"| arm | first task | last {ENDS} tasks | minus none | p | minus l2_to_init "
-        "| minus layer_norm | effective rank | dead share |",
-        "|" + "---|" * 9,
-    ]
+    header = ["arm", "first task", f"last {ENDS} tasks", "minus none", "p"]
+    header += ["minus l2_to_init", "minus layer_norm", "effective rank", "dead share"]
+    lines = []
     for arm in ARMS:
         found = at_the_end(rows, arm)
         against = []
@@ -147,9 +145,9 @@ def table(rows: Rows) -> str:
         first = [r["accuracy"] for r in rows if r["arm"] == arm and r["task"] == 0]
         cells = [arm, text(first), text(found), *against]
         cells += [text(at_the_end(rows, arm, measure)) for measure in MEASURES[1:]]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(cells)
     verdict = "holds" if h14(rows) else "is **refuted**"
-    return "\n".join([*lines, "", f"H14 {verdict}.", ""])
+    return f"{markdown(header, lines)}\nH14 {verdict}.\n"
 
 
 def main() -> None:

@@ -258,17 +258,21 @@ def call_epilogue(module, rng):
 CALLS = (call_batch_entropy, call_batch_entropy, call_gradient, call_epilogue)
 
 
-def run(module, calls, seed):
-    """Makes the calls; how many of them were errors, as they had to be."""
+def run(module, calls, seed, makers=CALLS, errors=ERRORS):
+    """Makes the calls; how many of them were errors, as they had to be.
+
+    Each maker gets the module and a generator, and returns a call and the check of its
+    value, or None where the call must be one of the errors.
+    """
     refused = 0
     for number in range(calls):
         rng = np.random.default_rng((seed, number))
-        make = pick(rng, CALLS)
+        make = pick(rng, makers)
         try:
             call, check = make(module, rng)
             try:
                 found = call()
-            except ERRORS as error:
+            except errors as error:
                 assert check is None, f"refused: {error!r}"
                 assert str(error), "an error without a word"
                 refused += 1

@@ -185,20 +185,5 @@ MAKERS = (
 
 
 def test_calls_of_the_op(native_ops, seed):
-    refused = 0
-    for number in range(CALLS):
-        rng = np.random.default_rng((seed, number))
-        make = fuzz.pick(rng, MAKERS)
-        try:
-            call, check = make(native_ops, rng)
-            try:
-                found = call()
-            except ERRORS as error:
-                assert check is None, f"refused: {error!r}"
-                refused += 1
-            else:
-                assert check is not None, "accepted"
-                check(found)
-        except Exception as error:
-            pytest.fail(f"{make.__name__} of default_rng(({seed}, {number})): {error}")
+    refused = fuzz.run(native_ops, CALLS, seed, MAKERS, ERRORS)
     assert 0.2 * CALLS < refused < 0.6 * CALLS

@@ -112,12 +112,18 @@ def _best(rates: dict[float, list]) -> Cell:
     return max(found, key=lambda cell: cell.mean)
 
 
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    every = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in every) + "\n"
+
+
 def table(rows: Rows, axes: Sequence[str]) -> str:
     """A line per combination of the axes: every arm, and its gain over `none`."""
     found = cells(rows, axes)
     arms = [arm for arm in ARMS if any(trial.arm == arm for trial, _ in rows)]
     header = [*axes, *arms, *(f"{arm} - none" for arm in arms if arm != "none")]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for place in found:
         of_arms = found[place]
         line = [
@@ -128,7 +134,7 @@ def table(rows: Rows, axes: Sequence[str]) -> str:
             if arm != "none":
                 line.append(_difference(of_arms, arm))
         lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown(header, lines)
 
 
 MEASURED = (
@@ -148,14 +154,14 @@ def measurements(rows: Rows, axes: Sequence[str]) -> str:
         place = tuple(getattr(trial, axis) for axis in axes)
         places.setdefault(place, []).append(outcome)
     header = [*axes, *MEASURED]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for place, outcomes in sorted(places.items()):
         values = [
             np.median([outcome[f"{name}_last"] for outcome in outcomes])
             for name in MEASURED
         ]
         lines.append([*map(str, place), *(f"{value:.2g}" for value in values)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown(header, lines)
 
 
 def _text(cell: Cell) -> str:

@@ -4,7 +4,8 @@
     python benchmarks/map_hypotheses.py benchmarks/results/map
 
 reads the CSV files of `lbe-ops map` in the folder, tests each hypothesis of its README
-by the rule that stands there, and writes `verdicts.md` beside them.
+by the rule that stands there, and writes `verdicts.md` beside them; and the cells of
+which `m1` and `m1_claims` have eight seeds together, to `eight_seeds.md`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lbe_ops.experiments import map as trainability
+from lbe_ops.experiments import map_report
 from lbe_ops.experiments.map_report import (
     Cell,
     cells,
@@ -260,17 +262,23 @@ HYPOTHESES: dict[Callable[[Rows], Verdict], tuple[str, ...]] = {
 }
 
 
+def read(folder: pathlib.Path, *blocks: str) -> tuple[Rows, int]:
+    """The trials of some blocks, and how many of them are missing."""
+    rows: Rows = []
+    missing = 0
+    for block in blocks:
+        path = folder / f"{block}.csv"
+        found = trainability.read(path) if path.exists() else []
+        wanted = set(trainability.BLOCKS[block]())
+        missing += len(wanted - {trial for trial, _ in found})
+        rows += [row for row in found if row[0] in wanted]
+    return rows, missing
+
+
 def verdicts(folder: pathlib.Path) -> Iterator[Verdict]:
     """The verdict on each hypothesis, in their order."""
     for hypothesis, blocks in HYPOTHESES.items():
-        rows: Rows = []
-        missing = 0
-        for block in blocks:
-            path = folder / f"{block}.csv"
-            found = trainability.read(path) if path.exists() else []
-            wanted = set(trainability.BLOCKS[block]())
-            missing += len(wanted - {trial for trial, _ in found})
-            rows += [row for row in found if row[0] in wanted]
+        rows, missing = read(folder, *blocks)
         if missing:
             name, text = hypothesis.__name__.upper(), f"{missing} trials are missing"
             yield Verdict(name, None, text)
@@ -298,10 +306,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path)
     folder = parser.parse_args().folder
-    text = table(verdicts(folder))
-    with replacing(folder / "verdicts.md") as temporary:
-        temporary.write_text(text)
-    print(text, end="")
+    rows, missing = read(folder, "m1", "m1_claims")
+    claimed = {trial.activation for trial in trainability.BLOCKS["m1_claims"]()}
+    texts = {"verdicts.md": table(verdicts(folder))}
+    if not missing:
+        texts["eight_seeds.md"] = map_report.table(
+            of(rows, activation=tuple(claimed)), trainability.CELL
+        )
+    for name, text in texts.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text)
+        print(text, end="")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from helpers import (
     require_native,
     require_op_on_gpu,
     require_xla,
+    save_patterns,
 )
 
 if importlib.util.find_spec("tensorflow"):
@@ -49,7 +50,11 @@ LONGEST = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks are looked at
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if "emulated_module" in item.fixturenames:  # compiled first
+            item.add_marker(pytest.mark.long)
     first = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: first.get(item.path.stem, len(first)))
 
@@ -63,6 +68,12 @@ def emulated_module():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def npz(tmp_path_factory):
+    """A small data set: noisy images of three patterns, 150 + 40 samples."""
+    return save_patterns(tmp_path_factory.mktemp("data"), train=150, test=40)
 
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -87,7 +98,13 @@ def tolerance(dtype):
     return TOLERANCES[dtype]
 
 
-@pytest.fixture(params=PATHS)
+# XLA takes its time for what plain TensorFlow does in many operations.
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.long) if name == "reference-xla" else name
+        for name in PATHS
+    ]
+)
 def path(request):
     chosen = PATHS[request.param]
     if chosen.native:

@@ -251,6 +251,13 @@ PATHS = {
 }
 
 
+# A training of `lbe-ops train` on the fixture `npz`.
+TINY = (
+    "--depth 2 --width 8 --epochs 3 --batch-size 64 --learning-rate 0.01 "
+    "--schedule constant --initializer glorot_uniform"
+)
+
+
 def samples(*shape, seed=0, dtype=np.float32):
     """Normal random values of mean 0 and variance 1."""
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)

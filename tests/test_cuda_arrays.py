@@ -60,7 +60,12 @@ def on_gpu(test):
     return test
 
 
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=GPU)])
+@pytest.fixture(
+    params=[
+        pytest.param("emulated", marks=pytest.mark.long),
+        pytest.param("gpu", marks=GPU),
+    ]
+)
 def module(request):
     if request.param == "emulated":
         return request.getfixturevalue("emulated_module")

@@ -17,7 +17,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from helpers import save_patterns
+from helpers import TINY
 
 import lbe_ops
 from lbe_ops.experiments import command, data, nets, plots, results
@@ -29,17 +29,6 @@ from lbe_ops.experiments.tasks import Classification, Reconstruction, task_of
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
-
-TINY = (
-    "--depth 2 --width 8 --epochs 3 --batch-size 64 --learning-rate 0.01 "
-    "--schedule constant --initializer glorot_uniform"
-)
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory) -> pathlib.Path:
-    """A small data set: noisy images of three patterns, 150 + 40 samples."""
-    return save_patterns(tmp_path_factory.mktemp("data"), train=150, test=40)
 
 
 @pytest.fixture
@@ -917,6 +906,7 @@ def test_diverged_net_is_recorded(run, tmp_path):
     assert len(history(folder, "without_lbe")) == 3
 
 
+@pytest.mark.long
 def test_killed_run_ends_with_the_same_numbers(run, tmp_path, npz):
     arguments = ["--lbe", "--epochs", 20]
     words = ["--data", npz, *TINY.split(), "--output", tmp_path / "killed", *arguments]

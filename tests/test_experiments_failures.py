@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from helpers import save_patterns
 
 from lbe_ops import __main__ as command_line
 from lbe_ops.experiments import ending, lock, results
@@ -46,11 +45,6 @@ TINY = (
 )
 AGAIN = "the same command continues after the last finished epoch"
 TIMEOUT = 300.0
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory) -> pathlib.Path:
-    return save_patterns(tmp_path_factory.mktemp("data"), train=150, test=40)
 
 
 @contextlib.contextmanager

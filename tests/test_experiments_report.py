@@ -12,7 +12,7 @@ import types
 
 import numpy as np
 import pytest
-from helpers import save_patterns
+from helpers import TINY
 
 from lbe_ops import __main__ as command_line
 from lbe_ops.experiments import command, data, estimate, plots
@@ -22,16 +22,6 @@ from lbe_ops.experiments.settings import Settings
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
-
-TINY = (
-    "--depth 2 --width 8 --epochs 3 --batch-size 64 --learning-rate 0.01 "
-    "--schedule constant --initializer glorot_uniform"
-)
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory) -> pathlib.Path:
-    return save_patterns(tmp_path_factory.mktemp("data"), train=150, test=40)
 
 
 @pytest.fixture

@@ -27,6 +27,9 @@ from helpers import (
 )
 from ml_dtypes import bfloat16
 
+# It is compiled first.
+pytestmark = pytest.mark.long
+
 GPU_BUILD = ROOT / "build" / f"jax-{sys.implementation.cache_tag}"
 # In the order of cc/kernels.h and cc/activations.h: attributes are their places.
 DTYPES = ("float16", "bfloat16", "float32", "float64")

@@ -923,14 +923,19 @@ def optimizer_of(kind):
 @pytest.mark.parametrize(
     ("count", "kind", "precision"),
     [
-        (1, "functional", "float32"),
         (2, "functional", "float32"),
-        (2, "late", "float32"),
-        (2, "loop", "float32"),
-        (2, "average", "float32"),
-        (2, "frozen", "float32"),
-        (2, "other losses", "float32"),
-        (2, "functional", "mixed_float16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                (1, "functional", "float32"),
+                (2, "late", "float32"),
+                (2, "loop", "float32"),
+                (2, "average", "float32"),
+                (2, "frozen", "float32"),
+                (2, "other losses", "float32"),
+                (2, "functional", "mixed_float16"),
+            )
+        ),
     ],
 )
 def test_mirrored_replicas_train_as_one(count, kind, precision, tmp_path):

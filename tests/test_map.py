@@ -163,6 +163,7 @@ def smoke(monkeypatch):
     return trials
 
 
+@pytest.mark.long
 def test_an_interrupted_map_goes_on_where_it_was(smoke, tmp_path, capfd):
     arguments = ["map", "smoke", "--output", str(tmp_path), "--processes", "2"]
     assert command_line.main(arguments) == 0

@@ -150,15 +150,12 @@ CASES = [
 ]
 
 
-def long_from_three(cases):
-    """More than two replicas are another process, with as many cases again."""
-    return [
-        pytest.param(*case, marks=[pytest.mark.long] if case[0] > 2 else [])
-        for case in cases
-    ]
+# The first test of a number of replicas waits for all that they do.
+of_replicas = pytest.mark.long
 
 
-@pytest.mark.parametrize(("count", "name", "tolerance"), long_from_three(CASES))
+@of_replicas
+@pytest.mark.parametrize(("count", "name", "tolerance"), CASES)
 def test_replicas_train_as_one_device(count, name, tolerance):
     differences = result(count, name)
     assert differences.pop("finite", True)
@@ -168,6 +165,7 @@ def test_replicas_train_as_one_device(count, name, tolerance):
         assert difference <= tolerance * (1 if of_weights else 20), what
 
 
+@of_replicas
 def test_variants_on_units_are_those_of_each_replica():
     found = result(2, "variants_on_units")
     for variant in ("units", "std_hinge"):
@@ -176,6 +174,7 @@ def test_variants_on_units_are_those_of_each_replica():
         assert found[f"{variant} False"] is True
 
 
+@of_replicas
 def test_the_strength_changes_on_all_replicas():
     for what, difference in result(2, "changing_strength").items():
         assert difference <= (2e-5 if what.endswith("history") else 1e-6), what
@@ -184,15 +183,14 @@ def test_the_strength_changes_on_all_replicas():
 OTHERS = [(2, "without_synchronization"), (4, "partial_batches_as_keras")]
 
 
-@pytest.mark.parametrize(
-    ("count", "name"),
-    long_from_three(OTHERS),
-)
+@of_replicas
+@pytest.mark.parametrize(("count", "name"), OTHERS)
 def test_what_is_another_training(count, name):
     """The tests above can tell: entropies, or losses, of replicas by themselves."""
     assert result(count, name)["weights"] > 1e-4
 
 
+@of_replicas
 def test_one_collective_for_the_entropies():
     assert result(2, "collectives") == {
         "synchronized train": {"CollectiveReduceV2": 2},  # the optimizer's is another
@@ -204,10 +202,12 @@ def test_one_collective_for_the_entropies():
     }
 
 
+@of_replicas
 def test_a_second_derivative_is_refused():
     assert "no second derivative" in result(2, "second_derivative")
 
 
+@of_replicas
 def test_nan_stays_in_its_unit():
     with_nan, without, *units = np.asarray(result(2, "nan_in_one_sample"))[::2]
     assert np.isnan(with_nan).all()
@@ -215,6 +215,7 @@ def test_nan_stays_in_its_unit():
     np.testing.assert_array_equal(units, [[1, 1], [0, 0]])
 
 
+@of_replicas
 def test_unknown_shapes_are_refused():
     message = result(2, "unknown_shapes")
     assert "fixed shape" in message

@@ -50,7 +50,7 @@ def slopes(function, x):
     return result
 
 
-@pytest.fixture(params=HOW)
+@pytest.fixture(params=["eager", "graph", pytest.param("jit", marks=pytest.mark.long)])
 def how(request):
     if request.param == "jit" and not native.compiles():
         require_xla()

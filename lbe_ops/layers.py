@@ -42,6 +42,7 @@ def _regularizer(other: Any, **arguments: Any) -> LBERegularizer:
     """LBE beside the activity regularizer that a layer has, unless that is LBE."""
     other = keras.regularizers.get(other)
     if isinstance(other, LBERegularizer):
+        LBERegularizer(**arguments)  # a misspelt argument is an error all the same
         return other
     return LBERegularizer(other_activity_regularizer=other, **arguments)
 
@@ -255,7 +256,8 @@ def with_lbe(layer: AnyLayer, **arguments: Any) -> AnyLayer:
         **arguments: those of `LBERegularizer`. Without `lbe_alpha` the target suits the
             layer's activation: 1 nat where it is unbounded, 0.5 for tanh, 0.2 for
             sigmoid, and 0.4 of `lbe_ops.max_entropy` for other bounded ones;
-            `lbe_alpha_min` is 0.05, or less for a small target.
+            `lbe_alpha_min` is 0.05, or less for a small target; `lbe_beta` is 1. So
+            ran the map of trainability (docs/map.md).
 
     Returns:
         The same layer.
@@ -280,7 +282,7 @@ def _regularizer_for(layer: keras.layers.Layer, **arguments: Any) -> LBERegulari
             f"Received: {layer.name!r}"
         )
     arguments.setdefault("name", f"{layer.name}_lbe")
-    defaults = targets.default_targets(layer, **arguments)
+    defaults = targets.default_arguments(layer, **arguments)
     regularizer = _regularizer(layer.activity_regularizer, **{**defaults, **arguments})
     regularizer.reach = targets.reach_of(layer, **regularizer.formula)
     if not _keeps(layer, regularizer):
@@ -315,12 +317,15 @@ def _attach(layer: keras.layers.Layer, regularizer: LBERegularizer) -> None:
 
 def add_lbe(
     model: keras.Model,
-    layers: Selection = (keras.layers.Dense, keras.layers.Conv2D),
+    layers: Selection | None = None,
     *,
-    LBE_strength: float | Schedule = 1.5,
+    LBE_strength: float | Schedule = 0.1,
     **arguments: Any,
 ) -> LBEModel:
     """An `LBEModel` out of a Functional or Sequential model, with LBE on some layers.
+
+    Without further arguments it has the setting of the map of trainability
+    (docs/map.md), on every hidden layer.
 
     The layers are those of `model`, changed in place: both models share them. The
     alphas are trained by the `LBEModel`; `model` itself would now train with LBE added
@@ -331,10 +336,11 @@ def add_lbe(
         model: a built Functional or Sequential model. For a subclassed model, derive
             it from `LBEModel` and use `with_lbe`.
         layers: which layers get LBE, nested ones included: a layer class (or several
-            in a tuple), a function of the layer that says so, or names.
+            in a tuple), a function of the layer that says so, or names. None takes
+            each `Dense` and `Conv2D` whose output is not one of the model's.
         LBE_strength: as for `LBEModel`: a number or a schedule.
-        **arguments: those of `LBERegularizer`; every layer gets one of its own. By
-            default the target suits each layer's activation (see `with_lbe`).
+        **arguments: those of `LBERegularizer`; every layer gets one of its own.
+            Defaults are those of `with_lbe`, where they suit each layer's activation.
 
     Returns:
         The model, to be compiled.
@@ -356,7 +362,7 @@ def add_lbe(
             f"Received: model={model}"
         )
     LBE_strength = strength_of(LBE_strength)
-    selected = select_layers(model, layers)
+    selected = hidden_layers(model) if layers is None else select_layers(model, layers)
     regularizers = [_regularizer_for(layer, **arguments) for layer in selected]
     for layer, regularizer in zip(selected, regularizers, strict=True):
         if layer.activity_regularizer is not regularizer:
@@ -366,6 +372,31 @@ def add_lbe(
     else:
         inputs, outputs = model.input, model.output
     return LBEModel(inputs, outputs, LBE_strength=LBE_strength, name=model.name)
+
+
+def hidden_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """Each `Dense` and `Conv2D` that gives none of the model's outputs.
+
+    What a model returns is for the compiled loss alone to say.
+    """
+    outputs = {id(each) for each in keras.tree.flatten(model.outputs)}
+
+    def gives_outputs(layer: keras.layers.Layer) -> bool:
+        try:
+            own = keras.tree.flatten(layer.output)
+        except (AttributeError, ValueError):  # called several times, or by a layer
+            return False
+        return any(id(each) in outputs for each in own)
+
+    layers = select_layers(model, (keras.layers.Dense, keras.layers.Conv2D))
+    hidden = [layer for layer in layers if not gives_outputs(layer)]
+    if not hidden:
+        raise ValueError(
+            "The model has no hidden layer: each Dense and Conv2D gives one of its "
+            "outputs. Name those that are to get LBE. "
+            f"Received: layers=None for {[layer.name for layer in layers]}"
+        )
+    return hidden
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import contextvars
 import ctypes
 import dataclasses
 import functools
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -232,10 +233,21 @@ def build_line() -> str:
     return path.read_text().strip() if path.exists() else ""
 
 
+def _hidden() -> pathlib.Path | None:
+    """Where this package is installed, if Python has taken a source folder instead."""
+    here = pathlib.Path(__file__).parent
+    for distribution in importlib.metadata.distributions(name="lbe_ops"):
+        there = pathlib.Path(os.fspath(distribution.locate_file("lbe_ops"))).resolve()
+        if (there / "__init__.py").exists() and there != here.resolve():
+            return there
+    return None
+
+
 def load() -> Native:
     """Loads the libraries at the first call; later calls return the same outcome.
 
-    A missing file is quiet. One that is there and cannot be used gives one warning.
+    A missing file is quiet, but in a source folder that hides an installation. One that
+    is there and cannot be used gives one warning.
     """
     with _loading:
         return _load()
@@ -246,6 +258,19 @@ def _load() -> Native:
     path = LIBRARY_PATH
     if not path.exists():
         built = minors()
+        installed = None if built else _hidden()
+        if installed:
+            reason = (
+                f"{pathlib.Path(__file__).parent} is a source folder without compiled "
+                f"libraries. It hides {installed}, which is installed: run Python in "
+                "another folder, or take this one from PYTHONPATH."
+            )
+            warnings.warn(
+                f"lbe_ops falls back to plain TensorFlow: {reason}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return Native(None, reason)
         if not built:
             said = build_line() or "it was installed without one."
             return Native(None, f"lbe_ops has no compiled library: {said}")

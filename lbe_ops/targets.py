@@ -34,7 +34,7 @@ RANGES = {
 }
 _SUM_IS_ONE = (_functions.softmax, _functions.sparsemax)
 
-# What `with_lbe` and `add_lbe` ask for, in nats. To be revised by experiments.
+# What `with_lbe` and `add_lbe` ask for, in nats.
 UNBOUNDED, SHARE_OF_BOUND, AT_LEAST = 1.0, 0.4, 0.05
 DEFAULTS = {_functions.tanh: 0.5, _functions.sigmoid: 0.2}
 
@@ -82,8 +82,8 @@ def max_entropy(
     return 0.5 * math.log(formula["scale"] * variance + formula["offset"])
 
 
-def default_targets(layer: Any, **formula: Any) -> dict[str, float]:
-    """`lbe_alpha` and `lbe_alpha_min` that suit the activation of a layer."""
+def default_arguments(layer: Any, **formula: Any) -> dict[str, float]:
+    """What the trainability map ran with; targets that suit a layer's activation."""
     alpha = UNBOUNDED
     reach = reach_of(layer, **formula)
     if reach is not None:
@@ -91,7 +91,8 @@ def default_targets(layer: Any, **formula: Any) -> dict[str, float]:
         # Another formula may have another bound, below zero even.
         if alpha > reach.bound:
             alpha = max(0.0, SHARE_OF_BOUND * reach.bound)
-    return {"lbe_alpha": alpha, "lbe_alpha_min": min(AT_LEAST, alpha / 4)}
+    at_least = min(AT_LEAST, alpha / 4)
+    return {"lbe_alpha": alpha, "lbe_alpha_min": at_least, "lbe_beta": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,7 +65,7 @@ def original():
 def added():
     plain = keras.Sequential([keras.Input(X.shape[1:]), keras.layers.Flatten()])
     plain.add(keras.layers.Dense(2))
-    return add_lbe(plain)
+    return add_lbe(plain, keras.layers.Dense)
 
 
 MODELS = {

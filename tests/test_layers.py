@@ -153,6 +153,7 @@ def network():
 @pytest.mark.parametrize(
     ("selection", "expected"),
     [
+        (None, {"first", "nested"}),
         (keras.layers.Dense, {"first", "nested", "last"}),
         ((keras.layers.ReLU, keras.layers.LSTM), {"relu"}),
         (lambda layer: layer.name.startswith("n"), {"nested"}),
@@ -183,7 +184,9 @@ def test_add_lbe_to_chosen_layers(selection, expected):
 
 def test_add_lbe_to_a_sequential_model():
     plain = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)])
-    model = add_lbe(add_lbe(plain), lambda layer: True)
+    with pytest.raises(ValueError, match="no hidden layer"):
+        add_lbe(plain)
+    model = add_lbe(add_lbe(plain, keras.layers.Dense), lambda layer: True)
     assert len(model.lbe_regularizers) == 1
     assert model.output.shape == plain.output_shape
     model.compile("sgd", "mse")
@@ -197,7 +200,7 @@ def test_add_lbe_to_every_convolution_of_resnet50():
         layer for layer in resnet.layers if isinstance(layer, keras.layers.Conv2D)
     ]
     before = len(resnet.trainable_variables)
-    model = add_lbe(resnet, keras.layers.Conv2D)
+    model = add_lbe(resnet)
     assert len(model.lbe_regularizers) == len(convolutions) == 53
     *others, alphas = model.trainable_variables
     assert (len(others), alphas.shape) == (before, (53,))
@@ -207,9 +210,17 @@ def test_add_lbe_to_every_convolution_of_resnet50():
     loss = model.compute_loss(None, np.arange(4), y_pred)
     results = model.get_metrics_result()
     assert float(loss) == pytest.approx(
-        float(results["ce"] + 1.5 * results["lbe"]), rel=1e-5
+        float(results["ce"] + 0.1 * results["lbe"]), rel=1e-5
     )
     assert results["lbe"] > 0
+
+
+def test_arguments_are_looked_at_where_there_is_lbe_already():
+    plain = keras.Sequential([keras.Input((5,)), Dense_LBE(3), keras.layers.Dense(2)])
+    with pytest.raises(TypeError, match="lbe_alfa"):
+        add_lbe(plain, lbe_alfa=1)
+    add_lbe(plain, lbe_alpha=1)
+    assert float(plain.layers[0].activity_regularizer.lbe_alpha) == 6.0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 import concurrent.futures
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,26 @@ def test_a_missing_library_is_quiet(library):
     library.unlink()
     _, reason = falls_back(expected_warnings=0)
     assert "lbe_ops has no compiled library" in reason
+
+
+def test_a_source_folder_that_hides_the_installed_package_says_so(tmp_path):
+    """`python -m` looks into the present folder first."""
+    package = pathlib.Path(lbe_ops.__file__).parent
+    if not any(package.glob("tensorflow*/libtf_ops.so")):
+        pytest.skip("there is no installed package with libraries to be hidden")
+    without = shutil.ignore_patterns("*.so", "build.txt", "__pycache__")
+    shutil.copytree(package, tmp_path / "lbe_ops", ignore=without)
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-m", "lbe_ops", "info"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = f"{tmp_path / 'lbe_ops'} is a source folder without compiled libraries"
+    hidden = f"It hides {package}, which is installed"
+    for text in (done.stdout, done.stderr):
+        assert said in text and hidden in text
 
 
 def test_what_the_build_said_is_the_reason(library):

@@ -302,7 +302,8 @@ def test_a_schedule_needs_an_optimizer():
 
 def test_add_lbe_passes_a_schedule_on():
     plain = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)])
-    model = add_lbe(plain, LBE_strength=SCHEDULES["warm-up"])
+    layers = keras.layers.Dense
+    model = add_lbe(plain, layers, LBE_strength=SCHEDULES["warm-up"])
     assert model.LBE_strength is SCHEDULES["warm-up"]
 
 

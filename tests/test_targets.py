@@ -100,7 +100,7 @@ def test_defaults_suit_the_activation(layer, alpha):
     assert float(regularizer.lbe_alpha) == pytest.approx(alpha, rel=1e-6)
     expected = min(0.05, alpha / 4)
     assert regularizer.lbe_alpha_min == pytest.approx(expected, rel=1e-6)
-    assert regularizer.lbe_beta == 0.2
+    assert regularizer.lbe_beta == 1.0
     named = with_lbe(
         layer.from_config(layer.get_config()), lbe_alpha=0.75, lbe_alpha_min=0.25
     )
@@ -122,9 +122,11 @@ def test_add_lbe_asks_of_every_layer_what_suits_it():
             keras.layers.Dense(4, "relu"),
             keras.layers.Dense(4, "tanh"),
             keras.layers.Dense(2, "sigmoid"),
+            keras.layers.Dense(2),
         ]
     )
     model = add_lbe(plain)
+    assert model.LBE_strength == pytest.approx(0.1)
     assert [float(r.lbe_alpha) for r in model.lbe_regularizers] == pytest.approx(
         [1.0, 0.5, 0.2]
     )
@@ -211,7 +213,7 @@ def test_a_warning_names_every_kind_of_layer_and_models_that_share_say_it_once()
 
 def test_add_lbe_warns_of_an_alpha_that_the_user_names():
     plain = functional(lambda: keras.layers.Dense(2, "sigmoid"), keras.Model)
-    _, (text,) = warnings_of(lambda: add_lbe(plain, lbe_alpha=0.75))
+    _, (text,) = warnings_of(lambda: add_lbe(plain, keras.layers.Dense, lbe_alpha=0.75))
     assert re.search("0.75 on sigmoid, at most 0.571 .*and 4 more", text)
 
 

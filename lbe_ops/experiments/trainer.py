@@ -25,7 +25,7 @@ from lbe_ops.experiments.settings import LSUV, Settings
 from lbe_ops.experiments.trial import ARMS, Trial
 from lbe_ops.measure import as_tensors, effective_rank, mean_cosine
 from lbe_ops.ops import batch_entropy
-from lbe_ops.targets import AT_LEAST, default_targets
+from lbe_ops.targets import AT_LEAST, default_arguments
 
 PROBE = 512  # samples that a net is measured on
 MEASURED = (0, 50, 200)  # the steps before which it is, beside the last
@@ -61,7 +61,7 @@ class Trainer:
         self.net = self._network(trial, lbe=True)
         self.net.LBE_strength = _Schedule(self._strength_at)
         layer = keras.layers.Dense(1, trial.activation)
-        self._default_alpha = default_targets(layer)["lbe_alpha"]
+        self._default_alpha = default_arguments(layer)["lbe_alpha"]
         hidden = [
             layer for layer in self.net.layers if layer.name.startswith(nets.HIDDEN)
         ]

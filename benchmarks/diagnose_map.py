@@ -20,7 +20,12 @@ from typing import Any
 import numpy as np
 
 import lbe_ops
-from lbe_ops.diagnose import FINE, REMEDIES, growth_backwards
+from lbe_ops.diagnose import (
+    FINE,
+    REMEDIES,
+    growth_backwards,
+    layers_without_rank,
+)
 from lbe_ops.experiments import data, map_report, nets
 from lbe_ops.experiments import map as trainability
 from lbe_ops.experiments.results import replacing
@@ -41,6 +46,7 @@ def features(diagnosis: lbe_ops.Diagnosis) -> dict[str, float]:
             "gradient": np.divide(gradients[0], head.gradient_norm),
             "rank": ranks[-1],
             "rank_max": max(ranks),
+            "layers_without_rank": layers_without_rank(ranks),
             "growth": np.divide(judged[-1].rms, judged[0].rms),
             "gradient_growth": growth_backwards(gradients),
         }

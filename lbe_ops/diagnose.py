@@ -43,17 +43,18 @@ FINE = "fine"
 REMEDIES = {
     "scale gone": (
         "Start from an initializer of the right gain: he_normal for relu, lecun_normal "
-        "for selu, Orthogonal(gain=1) with zero biases for tanh. Where there is none "
-        "(sigmoid, gelu, activations of your own), scale every layer to unit variance "
-        "on a batch (LSUV). Where weights cannot be made anew, train with LBE: "
-        "lbe_ops.add_lbe."
+        "for selu, Orthogonal(gain=1) with zero biases for tanh, and for gelu "
+        "Orthogonal(lbe_ops.initializers.critical_gain('gelu')), up to 50 layers. Or "
+        "train with LBE, where weights cannot be made anew or no gain is known: "
+        "lbe_ops.add_lbe. Neither has trained sigmoid beyond some layers: take another "
+        "activation."
     ),
     "rank gone": (
-        "All samples have become multiples of one direction, which LBE neither sees "
-        "nor cures, and no gain of an initializer either. For relu start looks-linear "
-        "(lbe_ops.initializers.LooksLinear), for tanh from orthogonal "
-        "kernels at the critical gain 1 with zero biases; or add skip connections, or "
-        "normalization."
+        "All samples have become multiples of one direction, which no gain of an "
+        "initializer cures, and an entropy does not show. For relu start looks-linear "
+        "(lbe_ops.initializers.LooksLinear), for tanh from orthogonal kernels at the "
+        "critical gain 1 with zero biases; or add skip connections, or normalization. "
+        "LBE (lbe_ops.add_lbe) helps gelu, and relu a little."
     ),
     "exploding": (
         "Take a smaller gain of the initializer (for tanh: orthogonal, gain 1; for "
@@ -237,6 +238,12 @@ def _judge(rows: list[LayerHealth]) -> tuple[str, str]:
         f"{first.deviation:.2g} to {last.deviation:.2g}, the effective rank from "
         f"{ranks[0]:.3g} to {ranks[-1]:.3g}"
     )
+
+
+def layers_without_rank(ranks: list[float]) -> int:
+    """How many layers there are from the first on behind which no rank comes back."""
+    kept = [place for place, rank in enumerate(ranks, 1) if rank >= RANK_GONE]
+    return len(ranks) - max(kept, default=0)
 
 
 def growth_backwards(gradients: list[float]) -> float:

@@ -3,6 +3,7 @@
 
 import doctest
 import importlib
+import inspect
 import pathlib
 import re
 import shlex
@@ -14,6 +15,7 @@ import tensorflow as tf
 
 import lbe_ops
 from lbe_ops import __main__
+from lbe_ops.targets import default_arguments
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -55,6 +57,28 @@ def test_pages_have_code():
         languages = re.findall(r"^ *```(\w+)$", path.read_text(), re.MULTILINE)
         assert set(languages) <= {"python", "sh"}, name(path)
         assert languages.count("python") == len(blocks(path, "python")), name(path)
+
+
+def test_the_guide_names_the_defaults():
+    text = (ROOT / "docs" / "guide.md").read_text()
+    rows = re.findall(r"^\| `(\w+)`[^|]*\|(.*)\|$", text, re.MULTILINE)
+    stated = {name: cells.split("|") for name, cells in rows}
+
+    def defaults(called, *names):
+        parameters = inspect.signature(called).parameters
+        return [format(parameters[name].default, "") for name in names]
+
+    def told(name):
+        return [cell.strip().partition(" ")[0] for cell in stated[name]]
+
+    lower = "lbe_alpha", "lbe_alpha_min", "lbe_beta"
+    upper = "LBE_alpha", "LBE_alpha_min", "LBE_beta"
+    assert told("LBERegularizer") == [*defaults(lbe_ops.LBERegularizer, *lower), ""]
+    assert told("Dense_LBE") == [*defaults(lbe_ops.Dense_LBE, *upper), ""]
+    assert told("LBEModel")[3:] == defaults(lbe_ops.LBEModel, "LBE_strength")
+    values = default_arguments(keras.layers.Dense(2))
+    strength = defaults(lbe_ops.add_lbe, "LBE_strength")
+    assert told("add_lbe") == [*(str(values[name]) for name in lower), *strength]
 
 
 def test_readme_is_a_front_page():

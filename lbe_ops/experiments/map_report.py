@@ -118,6 +118,12 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in every) + "\n"
 
 
+LEGEND = """\
+Final validation accuracy, mean of the seeds; in brackets how many of them were trained,
+and the arm's learning rate. Differences are paired, with the 95 % interval of the mean.
+"""
+
+
 def table(rows: Rows, axes: Sequence[str]) -> str:
     """A line per combination of the axes: every arm, and its gain over `none`."""
     found = cells(rows, axes)
@@ -134,7 +140,7 @@ def table(rows: Rows, axes: Sequence[str]) -> str:
             if arm != "none":
                 line.append(_difference(of_arms, arm))
         lines.append(line)
-    return markdown(header, lines)
+    return f"{LEGEND}\n{markdown(header, lines)}"
 
 
 MEASURED = (
@@ -233,7 +239,14 @@ def draw(rows: Rows, path: pathlib.Path, y: str, x: str, panel: str) -> None:
                 one.set_yticklabels([])
             for (i, j), value in np.ndenumerate(values[column]):
                 if np.isfinite(value):
-                    one.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7)
+                    dark = value < 0.5 if column < 2 else abs(value) > 0.6
+                    one.text(
+                        *(j, i, f"{round(value, 2) + 0.0:.2f}"),  # no -0.00
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="white" if dark else "black",
+                    )
             one.set_title(f"{name}, {title}" if column == 0 else title, fontsize=9)
     for one in axes[-1]:
         one.set_xlabel(x.replace("_", " "))

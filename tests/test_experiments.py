@@ -92,6 +92,19 @@ def test_local_file_is_scaled(npz):
     assert unit.describe()["crc32"] != symmetric.describe()["crc32"]
 
 
+def test_floating_point_stays_as_it_is_or_is_refused(npz, tmp_path):
+    standardized = np.random.default_rng(0).normal(size=(150, 6, 6))
+    path = changed(npz, tmp_path, x_train=standardized)
+    expected = standardized[..., None].astype(np.float32)
+    np.testing.assert_array_equal(data.load(path).x_train, expected)
+    with pytest.raises(
+        ExperimentError, match=r"symmetric .* x_train must lie in \[0, 1"
+    ):
+        data.load(path, "symmetric")
+    path = changed(npz, tmp_path, x_train=X + 0.25, x_test=np.load(npz)["x_test"])
+    assert (data.load(path, "symmetric").x_train == -0.5).all()
+
+
 def changed(npz: pathlib.Path, folder: pathlib.Path, **arrays: object) -> str:
     content = {**np.load(npz), **arrays}
     path = folder / "changed.npz"
@@ -106,7 +119,7 @@ BAD_ARRAYS = {
     "dtype": ({"x_train": X.astype(np.int64)}, "must be uint8 or floating point"),
     "rank": ({"x_train": np.zeros(150, np.uint8)}, "must have the shape"),
     "nan": ({"x_train": np.where(X == 0, np.nan, X)}, "NaN"),
-    "range": ({"x_train": X + 2}, r"must lie in \[0, 1\]"),
+    "too large": ({"x_train": np.full(X.shape, 1e300)}, "more than float32 can hold"),
     "length": ({"x_train": X[:149]}, "the same length"),
     "sample shape": ({"x_train": X[:, :5]}, "differ in shape"),
     "float labels": ({"y_train": np.zeros(150)}, "integer labels"),

@@ -68,7 +68,12 @@ class Settings:
         "offline; for the transformer)",
         group="data",
     )
-    scaling: str = _setting("unit", "values in [0, 1] or in [-1, 1]", SCALINGS)
+    scaling: str = _setting(
+        "unit",
+        "unit: uint8 to [0, 1], floats as they are; symmetric: uint8 to [-1, 1], and "
+        "floats from [0, 1], where they must lie",
+        SCALINGS,
+    )
 
     context: int = _setting(64, "characters of a sample of text", added=True)
 

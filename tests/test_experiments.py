@@ -264,14 +264,17 @@ def test_unknown_choice_is_refused(run):
     assert exit.value.code == 2
 
 
-def test_missing_extra_is_named(run, monkeypatch):
-    find_spec = importlib.util.find_spec
+def test_what_is_not_installed_is_named(run, monkeypatch):
+    find_spec, missing = importlib.util.find_spec, ("rich", "sklearn")
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda n: None if n == "rich" else find_spec(n)
+        importlib.util, "find_spec", lambda n: None if n in missing else find_spec(n)
     )
-    status, _, error = run()
+    status, _, error = run("--data", "digits")
     assert status == 2
-    assert error == "error: rich not installed; pip install 'lbe_ops[experiments]'\n"
+    names = "rich, scikit-learn"
+    assert error == (
+        f"error: {names} not installed; pip install {names.replace(',', '')}\n"
+    )
 
 
 def test_required_native_op_that_is_not_there_is_told(run, monkeypatch):

@@ -217,6 +217,12 @@ def test_a_looks_linear_net_starts_as_a_linear_isometry(model):
     np.testing.assert_allclose(linear @ linear.T, flat @ flat.T, rtol=1e-5, atol=1e-5)
 
 
+BAD_INITIALIZER = (
+    "--initializer must be looks_linear, critical_orthogonal, lsuv or one that Keras "
+    "knows, such as"
+)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -231,7 +237,13 @@ def test_a_looks_linear_net_starts_as_a_linear_isometry(model):
         ("--schedule cosine --reduce-lr", "--reduce-lr needs --schedule constant"),
         ("--resume somewhere", "--resume and --output exclude each other"),
         ("--initializer stft", "--initializer stft with --activation relu makes no"),
-        ("--initializer constant", "--initializer must be one that Keras knows"),
+        ("--initializer constant", f"{BAD_INITIALIZER} he_normal. Received: constant"),
+        ("--initializer looks_linaer", f"{BAD_INITIALIZER} he_normal. Received: looks"),
+        ("--initializer glorot_unifrom", f"{BAD_INITIALIZER} glorot_uniform. Received"),
+        (
+            "--activation rely",
+            "--activation must be one that Keras knows, such as relu",
+        ),
         ("--model conv --initializer identity", "--initializer identity with"),
         ("--activation glu", "--initializer glorot_uniform with --activation glu"),
         ("--initializer looks_linear --width 7", "--initializer looks_linear with"),

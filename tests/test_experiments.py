@@ -696,6 +696,17 @@ def test_results_of_a_run(run, tmp_path):
     assert summary["with_lbe"]["val_accuracy"] == lbe["val_accuracy"]
 
 
+def test_first_epoch_of_a_process_does_not_tell_what_is_left(run):
+    """It has traced the graph."""
+    words = ("--lbe", "--epochs")
+    lines = run(*words, 3)[1] + run(*words, 6)[1]
+    assert "a line per epoch, training/validation" in lines
+    epochs = [line for line in lines.splitlines() if "LBE: epoch " in line]
+    assert len(epochs) == 6
+    told = [" left)" in line for line in epochs]
+    assert told == [False, True, False, False, True, False]
+
+
 def test_weights_are_the_trained_ones(run, npz, tmp_path):
     run("--lbe")
     folder = tmp_path / "run" / "with_lbe"

@@ -169,6 +169,9 @@ def cpu_notes(results: Results) -> list[str]:
         f"{machine['cpu']}, {results['threads']} threads, TensorFlow "
         f"{versions['tensorflow']}, SIMD {versions['simd']}; medians of "
         f"{results['rounds']} rounds.",
+        "fused: the op, fused XLA: compiled by XLA; kernel alone: what it runs, called "
+        "without TensorFlow; pure graph, pure XLA: the same in plain TensorFlow; port "
+        "formula: that of the TensorFlow port; torch: that of the PyTorch original.",
         "Microseconds a call, and how often as long as fused. Included: the call "
         f"(an empty one takes {1e6 * results['empty_call_seconds']:.0f}) and the "
         "allocation of the results.",

@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from lbe_ops.layers import Selection
 from lbe_ops.measure import GRADIENT, Probe, as_tensors, weighted_layers
@@ -153,6 +154,7 @@ def diagnose(
     Raises:
         ValueError: no layer has a kernel or matches; y without a compiled loss, or of
             another number of samples.
+        TypeError: x is a data set, not a batch of one.
         tf.errors.InvalidArgumentError: fewer than two samples.
 
     Example:
@@ -160,6 +162,11 @@ def diagnose(
     >>> lbe_ops.diagnose(model, x_train[:512], y_train[:512], print_fn=None).illness
     'rank gone'
     """
+    if isinstance(x, tf.data.Dataset):
+        raise TypeError(
+            "x must be an array or a batch: x, y = next(iter(dataset)) takes one of a "
+            f"data set with targets. Received: {type(x).__name__}"
+        )
     x = as_tensors(x)
     if not model.built:
         model(x)

@@ -89,6 +89,14 @@ def test_without_targets():
         diagnose(never_compiled, X, Y, print_fn=None)
 
 
+def test_a_data_set_is_refused():
+    model, data = net("relu", "he", 3), tf.data.Dataset.from_tensor_slices((X, Y))
+    with pytest.raises(TypeError, match=r"x, y = next\(iter\(dataset\)\)"):
+        diagnose(model, data.batch(64))
+    x, y = next(iter(data.batch(64)))
+    assert diagnose(model, x, y, print_fn=None).illness == "fine"
+
+
 def test_rows_and_table(capsys):
     diagnosis = diagnose(net("relu", "he", 100), X, Y)
     lines = capsys.readouterr().out.splitlines()

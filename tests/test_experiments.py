@@ -92,6 +92,19 @@ def test_local_file_is_scaled(npz):
     assert unit.describe()["crc32"] != symmetric.describe()["crc32"]
 
 
+def test_floating_point_stays_as_it_is_or_is_refused(npz, tmp_path):
+    standardized = np.random.default_rng(0).normal(size=(150, 6, 6))
+    path = changed(npz, tmp_path, x_train=standardized)
+    expected = standardized[..., None].astype(np.float32)
+    np.testing.assert_array_equal(data.load(path).x_train, expected)
+    with pytest.raises(
+        ExperimentError, match=r"symmetric .* x_train must lie in \[0, 1"
+    ):
+        data.load(path, "symmetric")
+    path = changed(npz, tmp_path, x_train=X + 0.25, x_test=np.load(npz)["x_test"])
+    assert (data.load(path, "symmetric").x_train == -0.5).all()
+
+
 def changed(npz: pathlib.Path, folder: pathlib.Path, **arrays: object) -> str:
     content = {**np.load(npz), **arrays}
     path = folder / "changed.npz"
@@ -106,7 +119,7 @@ BAD_ARRAYS = {
     "dtype": ({"x_train": X.astype(np.int64)}, "must be uint8 or floating point"),
     "rank": ({"x_train": np.zeros(150, np.uint8)}, "must have the shape"),
     "nan": ({"x_train": np.where(X == 0, np.nan, X)}, "NaN"),
-    "range": ({"x_train": X + 2}, r"must lie in \[0, 1\]"),
+    "too large": ({"x_train": np.full(X.shape, 1e300)}, "more than float32 can hold"),
     "length": ({"x_train": X[:149]}, "the same length"),
     "sample shape": ({"x_train": X[:, :5]}, "differ in shape"),
     "float labels": ({"y_train": np.zeros(150)}, "integer labels"),
@@ -204,6 +217,12 @@ def test_a_looks_linear_net_starts_as_a_linear_isometry(model):
     np.testing.assert_allclose(linear @ linear.T, flat @ flat.T, rtol=1e-5, atol=1e-5)
 
 
+BAD_INITIALIZER = (
+    "--initializer must be looks_linear, critical_orthogonal, lsuv or one that Keras "
+    "knows, such as"
+)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -218,7 +237,13 @@ def test_a_looks_linear_net_starts_as_a_linear_isometry(model):
         ("--schedule cosine --reduce-lr", "--reduce-lr needs --schedule constant"),
         ("--resume somewhere", "--resume and --output exclude each other"),
         ("--initializer stft", "--initializer stft with --activation relu makes no"),
-        ("--initializer constant", "--initializer must be one that Keras knows"),
+        ("--initializer constant", f"{BAD_INITIALIZER} he_normal. Received: constant"),
+        ("--initializer looks_linaer", f"{BAD_INITIALIZER} he_normal. Received: looks"),
+        ("--initializer glorot_unifrom", f"{BAD_INITIALIZER} glorot_uniform. Received"),
+        (
+            "--activation rely",
+            "--activation must be one that Keras knows, such as relu",
+        ),
         ("--model conv --initializer identity", "--initializer identity with"),
         ("--activation glu", "--initializer glorot_uniform with --activation glu"),
         ("--initializer looks_linear --width 7", "--initializer looks_linear with"),
@@ -251,14 +276,17 @@ def test_unknown_choice_is_refused(run):
     assert exit.value.code == 2
 
 
-def test_missing_extra_is_named(run, monkeypatch):
-    find_spec = importlib.util.find_spec
+def test_what_is_not_installed_is_named(run, monkeypatch):
+    find_spec, missing = importlib.util.find_spec, ("rich", "sklearn")
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda n: None if n == "rich" else find_spec(n)
+        importlib.util, "find_spec", lambda n: None if n in missing else find_spec(n)
     )
-    status, _, error = run()
+    status, _, error = run("--data", "digits")
     assert status == 2
-    assert error == "error: rich not installed; pip install 'lbe_ops[experiments]'\n"
+    names = "rich, scikit-learn"
+    assert error == (
+        f"error: {names} not installed; pip install {names.replace(',', '')}\n"
+    )
 
 
 def test_required_native_op_that_is_not_there_is_told(run, monkeypatch):
@@ -666,6 +694,17 @@ def test_results_of_a_run(run, tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["chance"] == 14 / 40
     assert summary["with_lbe"]["val_accuracy"] == lbe["val_accuracy"]
+
+
+def test_first_epoch_of_a_process_does_not_tell_what_is_left(run):
+    """It has traced the graph."""
+    words = ("--lbe", "--epochs")
+    lines = run(*words, 3)[1] + run(*words, 6)[1]
+    assert "a line per epoch, training/validation" in lines
+    epochs = [line for line in lines.splitlines() if "LBE: epoch " in line]
+    assert len(epochs) == 6
+    told = [" left)" in line for line in epochs]
+    assert told == [False, True, False, False, True, False]
 
 
 def test_weights_are_the_trained_ones(run, npz, tmp_path):

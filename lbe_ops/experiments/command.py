@@ -259,7 +259,8 @@ def _described(plan: _Plan) -> str:
     settings, data = plan.settings, plan.data
     return (
         f"{stem(settings.data)}: {len(data.x_train)} training and "
-        f"{len(data.x_test)} validation samples, {data.classes} classes; "
+        f"{len(data.x_test)} validation samples, {data.classes} classes, values in "
+        f"[{data.x_train.min():g}, {data.x_train.max():g}]; "
         f"{settings.depth} {settings.model} layers x {settings.width}, "
         f"{settings.activation}, {settings.initializer}; batch entropy: {plan.op}; "
     )

@@ -74,16 +74,18 @@ class Data:
 
 
 def load(name: str, scaling: str = "unit", context: int = 64) -> Data:
-    """Loads a data set and scales its values to [0, 1] or [-1, 1].
+    """Loads a data set and scales its values.
 
     Args:
         name: `digits` (scikit-learn's, offline; a fixed stratified split, 80 % for
             training), `mnist`, `fashion_mnist`, `cifar10` or `cifar100` (downloaded
             by Keras), or the path of an `.npz` with `x_train`, `y_train`, `x_test`,
-            `y_test`: uint8, or floating point in [0, 1]; or `text`, the beginnings of
-            30 modules of the library of the Python that runs (another version of it
-            has other text, and another checksum).
-        scaling: `unit` or `symmetric`; text has no values to scale.
+            `y_test`: uint8 or floating point; or `text`, the beginnings of 30
+            modules of the library of the Python that runs (another version of it has
+            other text, and another checksum).
+        scaling: `unit`: uint8 to [0, 1], floating-point values stay as they are;
+            `symmetric`: uint8, and what lies in [0, 1], to [-1, 1]. Text has no values
+            to scale.
         context: the length of a sample of text.
 
     Raises:
@@ -182,7 +184,9 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _checked(name: str, arrays: dict[str, np.ndarray], scaling: str) -> Data:
-    images = {key: _images(name, key, arrays[key]) for key in ("x_train", "x_test")}
+    images = {
+        key: _images(name, key, arrays[key], scaling) for key in ("x_train", "x_test")
+    }
     labels = {key: _labels(name, key, arrays[key]) for key in ("y_train", "y_test")}
     for part in ("train", "test"):
         x, y = images[f"x_{part}"], labels[f"y_{part}"]
@@ -208,7 +212,7 @@ def _checked(name: str, arrays: dict[str, np.ndarray], scaling: str) -> Data:
     return Data(**images, **labels, classes=classes)
 
 
-def _images(name: str, key: str, x: np.ndarray) -> np.ndarray:
+def _images(name: str, key: str, x: np.ndarray, scaling: str) -> np.ndarray:
     if x.ndim not in (2, 3, 4) or 0 in x.shape:
         raise ExperimentError(
             f"{name}: {key} must have the shape [n, features], [n, height, width] or "
@@ -217,14 +221,18 @@ def _images(name: str, key: str, x: np.ndarray) -> np.ndarray:
     if x.dtype == np.uint8:
         x = x.astype(np.float32) / 255
     elif np.issubdtype(x.dtype, np.floating):
+        with np.errstate(over="ignore"):
+            x = x.astype(np.float32)
         if not np.isfinite(x).all():
-            raise ExperimentError(f"{name}: {key} contains NaN or infinity")
-        if x.min() < 0 or x.max() > 1:
             raise ExperimentError(
-                f"{name}: floating-point values of {key} must lie in [0, 1]. "
+                f"{name}: {key} contains NaN, infinity, or more than float32 can hold"
+            )
+        if scaling == "symmetric" and (x.min() < 0 or x.max() > 1):
+            raise ExperimentError(
+                f"{name}: with --scaling symmetric floating-point values of {key} must "
+                "lie in [0, 1]; --scaling unit takes them as they are. "
                 f"Received: [{x.min():g}, {x.max():g}]"
             )
-        x = x.astype(np.float32)
     else:
         raise ExperimentError(
             f"{name}: {key} must be uint8 or floating point. Received: {x.dtype}"

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import importlib.util
 
+# What pip calls a module, where that is another name.
+DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+
 
 class ExperimentError(Exception):
     """A bad argument, unreadable data or a conflicting result; one line of text."""
@@ -25,6 +28,8 @@ def require_installed(*modules: str) -> None:
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
+        # Not the extra, which pip finds in the source folder or in an index alone.
+        packages = [DISTRIBUTIONS.get(name, name) for name in missing]
         raise ExperimentError(
-            f"{', '.join(missing)} not installed; pip install 'lbe_ops[experiments]'"
+            f"{', '.join(packages)} not installed; pip install {' '.join(packages)}"
         )

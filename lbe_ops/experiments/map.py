@@ -211,9 +211,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "blocks", nargs="+", choices=BLOCKS, metavar="BLOCK", help=", ".join(BLOCKS)
     )
-    parser.add_argument("--output", metavar="DIR", default="results/map")
     parser.add_argument(
-        "--processes", type=int, default=os.cpu_count(), metavar="N", help="at once"
+        "--output",
+        metavar="DIR",
+        default="results/map",
+        help="folder of the results (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="at once (default: one per core)",
     )
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="begin no trial after that"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
@@ -68,7 +69,12 @@ class Settings:
         "offline; for the transformer)",
         group="data",
     )
-    scaling: str = _setting("unit", "values in [0, 1] or in [-1, 1]", SCALINGS)
+    scaling: str = _setting(
+        "unit",
+        "unit: uint8 to [0, 1], floats as they are; symmetric: uint8 to [-1, 1], and "
+        "floats from [0, 1], where they must lie",
+        SCALINGS,
+    )
 
     context: int = _setting(64, "characters of a sample of text", added=True)
 
@@ -183,17 +189,21 @@ class Settings:
         if self.native == "require":
             self._require("lbe_variant", self.lbe_variant not in ON_UNITS, NO_OP)
         self._check_transformer()
-        for name, get, example in (
-            ("activation", keras.activations.get, "relu"),
-            ("initializer", keras.initializers.get, "he_normal"),
+        for name, module, own, example in (
+            ("activation", keras.activations, (), "relu"),
+            ("initializer", keras.initializers, OWN_INITIALIZERS, "he_normal"),
         ):
             value = getattr(self, name)
-            if name == "initializer" and value in OWN_INITIALIZERS:
+            if value in own:
                 continue
             try:
-                get(value)
+                module.get(value)
             except (ValueError, TypeError, KeyError):
-                self._require(name, False, f"one that Keras knows, such as {example}")
+                known = [n for n in dir(module) if n.islower() and n != value]
+                (example,) = difflib.get_close_matches(value, known, 1) or [example]
+                own_or = f"{', '.join(own)} or " if own else ""
+                what = f"{own_or}one that Keras knows, such as {example}"
+                self._require(name, False, what)
 
     def _check_transformer(self) -> None:
         transformer = self.model == "transformer"

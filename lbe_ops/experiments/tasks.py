@@ -16,9 +16,10 @@ from lbe_ops.experiments.settings import Settings
 
 # By file: the value drawn (its key in the history), a title, and a label of the axis.
 Curves = dict[str, tuple[str, str, str]]
+# CE is the loss without LBE, whatever it is, by which an LBEModel multiplies.
 LBE_CURVES: Curves = {
-    "LBE_loss": ("lbe", "Mean LBE over the layers", "mean LBE"),
-    "Max_LBE_loss": ("max_lbe", "Maximal LBE of a layer", "maximal LBE"),
+    "LBE_loss": ("lbe", "Mean LBE over the layers x CE", "mean LBE x CE"),
+    "Max_LBE_loss": ("max_lbe", "Maximal LBE of a layer x CE", "maximal LBE x CE"),
 }
 
 

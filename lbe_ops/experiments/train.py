@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
 from collections.abc import Callable
 
@@ -79,8 +80,8 @@ def train(
     if first < settings.epochs:
         seconds = settings.depth * SECONDS_PER_LAYER[lbe]
         say(
-            f"building and tracing the graph of {settings.depth} layers, "
-            f"about {duration(max(seconds, 1))}"
+            f"building and tracing the graph of {settings.depth} layers, about "
+            f"{duration(max(seconds, 1))}; then a line per epoch, training/validation"
         )
     callback = _FirstStep(say)
     for epoch in range(first, settings.epochs):
@@ -112,7 +113,9 @@ def train(
         progress.rows.append({"epoch": epoch + 1, **logs})
         if write:
             folder.save(net, progress)
-        say(_line(progress, settings.epochs, task.score))
+        # The first epoch of a process has traced the graph.
+        timed = [row["seconds"] for row in progress.rows[first + 1 :]]
+        say(_line(progress.rows[-1], settings.epochs, task.score, timed))
     if write:
         folder.write_history(progress.rows)
         folder.finish(net, before, entropies())
@@ -154,18 +157,19 @@ def _plateau(
     return plateau
 
 
-def _line(progress: Progress, epochs: int, score: str) -> str:
-    row = progress.rows[-1]
+def _line(row: dict, epochs: int, score: str, timed: list[float]) -> str:
+    """An epoch, for people; `timed` has the seconds of those that tell what is left."""
     width = len(str(epochs))
     parts = [f"epoch {row['epoch']:{width}}/{epochs}"]
     for key, digits in ((score, 3), ("ce", 4), ("lbe", 4)):
         if key in row:
             training, validation = row[key], row[f"val_{key}"]
             parts.append(f"{key} {training:.{digits}f}/{validation:.{digits}f}")
-    recent = [row["seconds"] for row in progress.rows[-5:]]
-    left = (epochs - row["epoch"]) * sorted(recent)[len(recent) // 2]
     parts.append(f"{row['seconds']:.1f} s")
-    return "  ".join(parts) + (f"  ({duration(left)} left)" if left else "")
+    left = epochs - row["epoch"]
+    if left and timed:
+        parts.append(f"({duration(left * statistics.median(timed[-5:]))} left)")
+    return "  ".join(parts)
 
 
 def duration(seconds: float) -> str:

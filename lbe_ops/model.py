@@ -331,6 +331,13 @@ class LBEModel(MultiWorkerTraining, keras.Model):
         warn_of(self.distribute_strategy)
         if self.built:
             self._adopt()
+            if not self._find_regularizers():
+                warnings.warn(
+                    f"No layer of {self.name!r} has LBE: it trains as a plain model. "
+                    "Take Dense_LBE or Conv2D_LBE, give layers an LBERegularizer, or "
+                    "put LBE on those of a plain model with lbe_ops.add_lbe.",
+                    stacklevel=2,
+                )
         self.lbe_loss.freeze()
         self._exclude_alphas_from_weight_decay()
 

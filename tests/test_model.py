@@ -265,7 +265,8 @@ def test_a_layer_called_twice_counts_twice():
 
 def test_without_lbe_layers_it_is_plain_training():
     model = build([keras.layers.Dense(4)])
-    model.compile(keras.optimizers.SGD(0.0), "mse")
+    with pytest.warns(UserWarning, match="No layer of .* has LBE"):
+        model.compile(keras.optimizers.SGD(0.0), "mse")
     logs = model.train_on_batch(X, Y, return_dict=True)
     ce = np.mean((model.predict(X, verbose=0) - Y) ** 2)
     expected = {"loss": ce, "ce": ce, "lbe": 0, "max_lbe": 0}

@@ -250,6 +250,31 @@ def h13(rows: Rows) -> Verdict:
     return Verdict("H13", mean_interval(found)[0] > 0 and lift >= 0.5, text)
 
 
+def confirmed(rows: Rows, name: str, variant: str) -> Verdict:
+    """A variant on other seeds: above LBE at 100 layers of GELU, below it nowhere."""
+    found = {
+        (activation, layers): gains(
+            of(rows, activation=activation, depth=layers), variant, "lbe"
+        )
+        for activation in ("relu", "gelu")
+        for layers in (50, 100)
+    }
+    lows = {place: mean_interval(each)[0] for place, each in found.items()}
+    text = "; ".join(f"{a} {d}: {span(each)}" for (a, d), each in found.items())
+    holds = lows["gelu", 100] > MARGIN and min(lows.values()) >= -MARGIN
+    return Verdict(name, holds, text)
+
+
+def h15(rows: Rows) -> Verdict:
+    """The hinge on standard deviations."""
+    return confirmed(rows, "H15", "lbe_std_hinge")
+
+
+def h16(rows: Rows) -> Verdict:
+    """One-sided LBE."""
+    return confirmed(rows, "H16", "lbe_one_sided")
+
+
 # What each needs: its blocks, all of whose trials must have been run.
 HYPOTHESES: dict[Callable[[Rows], Verdict], tuple[str, ...]] = {
     h0: ("shallow",),
@@ -259,6 +284,7 @@ HYPOTHESES: dict[Callable[[Rows], Verdict], tuple[str, ...]] = {
     h9: ("m1",),
     h10: ("m3",),
     **dict.fromkeys((h11, h12, h13), ("m5",)),
+    **dict.fromkeys((h15, h16), ("m3_confirm",)),  # H14: plasticity.py
 }
 
 

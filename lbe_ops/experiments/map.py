@@ -169,6 +169,19 @@ BLOCKS: dict[str, Callable[[], list[Trial]]] = {
         depth=(30, 100, 200), learning_rate=1e-3, arm=BOTH, seed=range(1, 9)
     ),
     "m3": _ablations,
+    # Whether what was best in m3 is so for other seeds, and for shallower nets.
+    "m3_confirm": lambda: [
+        trial
+        for activation, initializer in (ANCHORS[0], ANCHORS[2])
+        for trial in grid(
+            activation=activation,
+            initializer=initializer,
+            depth=(50, 100),
+            learning_rate=(3e-4, 1e-3),
+            arm=("lbe", "lbe_one_sided", "lbe_std_hinge"),
+            seed=range(9, 17),
+        )
+    ],
     "m4": lambda: grid(
         activation="relu",
         initializer=INITIALIZERS["relu"],
@@ -283,6 +296,7 @@ REPORTS: dict[str, tuple[tuple[str, ...], tuple[str, str, str] | None]] = {
     "m0": (CELL, None),
     "m2": (("depth", "gain"), ("depth", "gain", "activation")),
     "m3": (CELL, None),
+    "m3_confirm": (CELL, None),
     "m4": ((*CELL, "learning_rate"), ("initializer", "learning_rate", "activation")),
     "m5": (("model", "norm", *CELL), None),
 }

@@ -12,8 +12,8 @@ from lbe_ops import experiments, info
 from lbe_ops.experiments import map, report
 
 
-def main(argv: Sequence[str] | None = None) -> int | None:
-    """Runs a subcommand; its exit status, None standing for success."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; returns its exit status."""
     parser = argparse.ArgumentParser(prog="lbe-ops", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -37,9 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return arguments.run(arguments)
 
 
-def _info(arguments: argparse.Namespace) -> None:
+def _info(arguments: argparse.Namespace) -> int:
     values = info.collect()
     print(json.dumps(values, indent=2) if arguments.json else info.render(values))
+    return 0
 
 
 if __name__ == "__main__":

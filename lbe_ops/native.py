@@ -237,7 +237,7 @@ def _hidden() -> pathlib.Path | None:
     """Where this package is installed, if Python has taken a source folder instead."""
     here = pathlib.Path(__file__).parent
     for distribution in importlib.metadata.distributions(name="lbe_ops"):
-        there = pathlib.Path(os.fspath(distribution.locate_file("lbe_ops"))).resolve()
+        there = pathlib.Path(str(distribution.locate_file("lbe_ops"))).resolve()
         if (there / "__init__.py").exists() and there != here.resolve():
             return there
     return None

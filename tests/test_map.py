@@ -220,7 +220,7 @@ def test_chunks_have_one_graph_each_and_lose_nothing():
 @pytest.mark.parametrize(
     "broken, words",
     [
-        ({"initializer": "no_such"}, "--initializer must be one that Keras knows"),
+        ({"initializer": "no_such"}, "lsuv or one that Keras knows, such as he_normal"),
         # More than there are samples: a fault of the block, which shows its place.
         ({"batch_size": 10_000}, "a process of the map has failed"),
     ],

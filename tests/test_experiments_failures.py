@@ -110,7 +110,7 @@ def test_second_process_is_told_who_writes(npz, tmp_path):
     folder = tmp_path / "run"
     words = training(npz, folder, "--epochs", 100_000)
     with started(*words, preexec_fn=hear_signals) as first:
-        wait_for(first, "epoch")
+        wait_for(first, "accuracy")
         status, _, line = run(*words)
         assert status == 2
         assert f"{folder} is being written by process {first.pid} on " in line
@@ -129,7 +129,7 @@ def test_second_process_is_told_who_writes(npz, tmp_path):
 def test_killed_process_locks_nobody_out(npz, tmp_path):
     folder = tmp_path / "run"
     with started(*training(npz, folder, "--epochs", 100_000)) as process:
-        wait_for(process, "epoch")
+        wait_for(process, "accuracy")
         process.kill()
         process.wait()
     assert (folder / results.LOCK).exists()
@@ -151,7 +151,7 @@ def test_signals_end_in_one_line_and_a_status(npz, tmp_path):
     ):
         words = training(npz, folder, "--epochs", 100_000)
         with started(*words, preexec_fn=hear_signals) as process:
-            wait_for(process, "epoch")
+            wait_for(process, "accuracy")
             process.send_signal(number)
             _, error = process.communicate()
         assert process.returncode == 128 + number

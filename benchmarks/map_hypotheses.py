@@ -288,23 +288,22 @@ HYPOTHESES: dict[Callable[[Rows], Verdict], tuple[str, ...]] = {
 }
 
 
-def read(folder: pathlib.Path, *blocks: str) -> tuple[Rows, int]:
-    """The trials of some blocks, and how many of them are missing."""
-    rows: Rows = []
-    missing = 0
-    for block in blocks:
-        path = folder / f"{block}.csv"
-        found = trainability.read(path) if path.exists() else []
-        wanted = set(trainability.BLOCKS[block]())
-        missing += len(wanted - {trial for trial, _ in found})
-        rows += [row for row in found if row[0] in wanted]
-    return rows, missing
+def read(folder: pathlib.Path, block: str) -> tuple[Rows, int]:
+    """The trials of a block, and how many of them are missing."""
+    path = folder / f"{block}.csv"
+    found = trainability.read(path) if path.exists() else []
+    wanted = set(trainability.BLOCKS[block]())
+    rows = [row for row in found if row[0] in wanted]
+    return rows, len(wanted - {trial for trial, _ in rows})
 
 
 def verdicts(folder: pathlib.Path) -> Iterator[Verdict]:
     """The verdict on each hypothesis, in their order."""
-    for hypothesis, blocks in HYPOTHESES.items():
-        rows, missing = read(folder, *blocks)
+    blocks = {block for needed in HYPOTHESES.values() for block in needed}
+    found = {block: read(folder, block) for block in blocks}
+    for hypothesis, needed in HYPOTHESES.items():
+        rows = [row for block in needed for row in found[block][0]]
+        missing = sum(found[block][1] for block in needed)
         if missing:
             name, text = hypothesis.__name__.upper(), f"{missing} trials are missing"
             yield Verdict(name, None, text)
@@ -332,13 +331,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path)
     folder = parser.parse_args().folder
-    rows, missing = read(folder, "m1", "m1_claims")
-    claimed = {trial.activation for trial in trainability.BLOCKS["m1_claims"]()}
     texts = {"verdicts.md": table(verdicts(folder))}
+    claims, missing = read(folder, "m1_claims")
     if not missing:
-        texts["eight_seeds.md"] = map_report.table(
-            of(rows, activation=tuple(claimed)), trainability.CELL
-        )
+        claimed = tuple({trial.activation for trial, _ in claims})
+        rows = of(read(folder, "m1")[0], activation=claimed) + claims
+        texts["eight_seeds.md"] = map_report.table(rows, trainability.CELL)
     for name, text in texts.items():
         with replacing(folder / name) as temporary:
             temporary.write_text(text)

@@ -19,6 +19,7 @@ from helpers import (
     PATHS,
     TOLERANCES,
     build,
+    left_to_long,
     require_native,
     require_op_on_gpu,
     require_xla,
@@ -42,11 +43,12 @@ hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
-# The files that take longest, for `make test`, where whole files go to processes.
+# The files that take longest, those of `make test-long` first: whole files go to
+# processes.
 LONGEST = (
-    *("cuda_emulation", "ops", "synchronized", "experiments_distributed"),
-    "experiments_failures",
-    *("experiments", "epilogue", "synchronized_ops", "xla"),
+    *("cuda_emulation", "experiments_failures", "synchronized", "cuda_build"),
+    *("examples", "loss", "ops", "epilogue", "variants", "experiments", "strength"),
+    *("xla", "model"),
 )
 
 
@@ -99,12 +101,7 @@ def tolerance(dtype):
 
 
 # XLA takes its time for what plain TensorFlow does in many operations.
-@pytest.fixture(
-    params=[
-        pytest.param(name, marks=pytest.mark.long) if name == "reference-xla" else name
-        for name in PATHS
-    ]
-)
+@pytest.fixture(params=left_to_long(PATHS, "reference-xla".__eq__))
 def path(request):
     chosen = PATHS[request.param]
     if chosen.native:

@@ -251,6 +251,14 @@ PATHS = {
 }
 
 
+def left_to_long(values, which):
+    """Parameters of a test; those that `which` says are for `make test-long`."""
+    return [
+        pytest.param(value, marks=[pytest.mark.long] if which(value) else [])
+        for value in values
+    ]
+
+
 # A training of `lbe-ops train` on the fixture `npz`.
 TINY = (
     "--depth 2 --width 8 --epochs 3 --batch-size 64 --learning-rate 0.01 "

@@ -17,7 +17,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from helpers import TINY
+from helpers import TINY, left_to_long
 
 import lbe_ops
 from lbe_ops.experiments import command, data, nets, plots, results
@@ -812,13 +812,7 @@ def test_float16_trains_with_loss_scaling():
     assert type(plain.optimizer) is keras.optimizers.Adam
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=[] if case in QUICK else [pytest.mark.long])
-        for case in RESUMED
-    ],
-)
+@pytest.mark.parametrize("case", left_to_long(RESUMED, lambda case: case not in QUICK))
 def test_interrupted_run_ends_with_the_same_numbers(run, tmp_path, monkeypatch, case):
     arguments = [*RESUMED[case].split(), "--epochs", 4]
     assert run(*arguments)[0] == 0

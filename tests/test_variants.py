@@ -9,7 +9,13 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from helpers import logs_of_batch, require_native, require_xla, samples
+from helpers import (
+    left_to_long,
+    logs_of_batch,
+    require_native,
+    require_xla,
+    samples,
+)
 
 from lbe_ops import LBE, Conv2D_LBE, Dense_LBE, LBEModel, LBERegularizer, native
 from lbe_ops.regularizer import ON_UNITS, VARIANTS
@@ -50,7 +56,7 @@ def slopes(function, x):
     return result
 
 
-@pytest.fixture(params=["eager", "graph", pytest.param("jit", marks=pytest.mark.long)])
+@pytest.fixture(params=left_to_long(HOW, "jit".__eq__))
 def how(request):
     if request.param == "jit" and not native.compiles():
         require_xla()

@@ -21,7 +21,7 @@ import os
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lbe_ops.experiments import ending, lock
@@ -68,29 +68,12 @@ def grid(**axes: Any) -> list[Trial]:
     ]
 
 
-def _activations(**axes: Any) -> list[Trial]:
+def _of(initializers: Iterable[tuple[str, Any]], **axes: Any) -> list[Trial]:
     """The combinations for every activation with its initializers."""
     return [
         trial
-        for activation, initializers in INITIALIZERS.items()
-        for trial in grid(activation=activation, initializer=initializers, **axes)
-    ]
-
-
-def _deep(**axes: Any) -> list[Trial]:
-    """The initializers of `m1` that keep the scale, and GELU's from Keras."""
-    initializers = {
-        "relu": ("looks_linear", "lsuv"),
-        "gelu": ("he_normal", "lsuv"),
-        "tanh": "critical_orthogonal",
-        "sigmoid": "lsuv",
-    }
-    return [
-        trial
-        for activation, names in initializers.items()
-        for trial in grid(
-            activation=activation, initializer=names, **axes, arm=BOTH, seed=(1, 2, 3)
-        )
+        for activation, names in initializers
+        for trial in grid(activation=activation, initializer=names, **axes)
     ]
 
 
@@ -106,20 +89,13 @@ def _scales(**axes: Any) -> list[Trial]:
 ANCHORS = (("relu", "glorot_uniform"), ("relu", "he_normal"), ("gelu", "he_normal"))
 
 
-def _ablations() -> list[Trial]:
-    return [
-        trial
-        for activation, initializer in ANCHORS
-        for trial in grid(
-            activation=activation,
-            initializer=initializer,
-            depth=100,
-            learning_rate=1e-3,
-            arm=ARMS,
-            seed=range(1, 9),
-        )
-    ]
-
+# Those of `m1` that keep the scale, and GELU's from Keras.
+DEEP = (
+    ("relu", ("looks_linear", "lsuv")),
+    ("gelu", ("he_normal", "lsuv")),
+    ("tanh", "critical_orthogonal"),
+    ("sigmoid", "lsuv"),
+)
 
 BOTH = ("none", "lbe")
 BLOCKS: dict[str, Callable[[], list[Trial]]] = {
@@ -135,53 +111,58 @@ BLOCKS: dict[str, Callable[[], list[Trial]]] = {
         steps=60,
     ),
     # What shows without any training.
-    "m0": lambda: _activations(
-        depth=(10, 50, 500), learning_rate=1e-3, arm="none", seed=(1, 2, 3), steps=0
+    "m0": lambda: _of(
+        INITIALIZERS.items(),
+        depth=(10, 50, 500),
+        learning_rate=1e-3,
+        arm="none",
+        seed=(1, 2, 3),
+        steps=0,
     ),
     # Exploration, with a seed that no other block has.
-    "m1_lite": lambda: _activations(
-        depth=(20, 50), learning_rate=1e-3, arm=BOTH, seed=100
+    "m1_lite": lambda: _of(
+        INITIALIZERS.items(), depth=(20, 50), learning_rate=1e-3, arm=BOTH, seed=100
     ),
     # Nets that everybody can train, to compare with.
-    "shallow": lambda: _activations(
-        depth=3, learning_rate=RATES, arm=BOTH, seed=(1, 2, 3)
+    "shallow": lambda: _of(
+        INITIALIZERS.items(), depth=3, learning_rate=RATES, arm=BOTH, seed=(1, 2, 3)
     ),
-    "m1": lambda: _activations(
-        depth=(10, 20, 50, 100), learning_rate=(3e-4, 1e-3), arm=BOTH, seed=(1, 2, 3)
+    "m1": lambda: _of(
+        INITIALIZERS.items(),
+        depth=(10, 20, 50, 100),
+        learning_rate=(3e-4, 1e-3),
+        arm=BOTH,
+        seed=(1, 2, 3),
     ),
     # Five more seeds where something is claimed.
-    "m1_claims": lambda: [
-        trial
-        for activation in ("relu", "gelu")
-        for trial in grid(
-            activation=activation,
-            initializer=INITIALIZERS[activation],
-            depth=(10, 20, 50, 100),
-            learning_rate=(3e-4, 1e-3),
-            arm=BOTH,
-            seed=range(4, 9),
-        )
-    ],
+    "m1_claims": lambda: _of(
+        [(activation, INITIALIZERS[activation]) for activation in ("relu", "gelu")],
+        depth=(10, 20, 50, 100),
+        learning_rate=(3e-4, 1e-3),
+        arm=BOTH,
+        seed=range(4, 9),
+    ),
     # Deeper, from what may train there.
-    "m1_200": lambda: _deep(depth=200, learning_rate=(1e-4, 3e-4)),
-    "m1_500": lambda: _deep(depth=500, learning_rate=(1e-4, 3e-4)),
+    "m1_200": lambda: _of(
+        DEEP, depth=200, learning_rate=(1e-4, 3e-4), arm=BOTH, seed=(1, 2, 3)
+    ),
+    "m1_500": lambda: _of(
+        DEEP, depth=500, learning_rate=(1e-4, 3e-4), arm=BOTH, seed=(1, 2, 3)
+    ),
     "m2": lambda: _scales(
         depth=(30, 100, 200), learning_rate=1e-3, arm=BOTH, seed=range(1, 9)
     ),
-    "m3": _ablations,
+    "m3": lambda: _of(
+        ANCHORS, depth=100, learning_rate=1e-3, arm=ARMS, seed=range(1, 9)
+    ),
     # Whether what was best in m3 is so for other seeds, and for shallower nets.
-    "m3_confirm": lambda: [
-        trial
-        for activation, initializer in (ANCHORS[0], ANCHORS[2])
-        for trial in grid(
-            activation=activation,
-            initializer=initializer,
-            depth=(50, 100),
-            learning_rate=(3e-4, 1e-3),
-            arm=("lbe", "lbe_one_sided", "lbe_std_hinge"),
-            seed=range(9, 17),
-        )
-    ],
+    "m3_confirm": lambda: _of(
+        (ANCHORS[0], ANCHORS[2]),
+        depth=(50, 100),
+        learning_rate=(3e-4, 1e-3),
+        arm=("lbe", "lbe_one_sided", "lbe_std_hinge"),
+        seed=range(9, 17),
+    ),
     "m4": lambda: grid(
         activation="relu",
         initializer=INITIALIZERS["relu"],

@@ -24,7 +24,11 @@ def build(depth, width, lbe):
             x = keras.layers.Dense(10)(x)
         regularizer = LBERegularizer(lbe_alpha=1.0) if lbe else None
         x = keras.layers.Dense(width, "relu", activity_regularizer=regularizer)(x)
-    model = LBEModel(inputs, keras.layers.Dense(64)(x), LBE_strength=1.0)
+    outputs = keras.layers.Dense(64)(x)
+    if lbe:
+        model = LBEModel(inputs, outputs, LBE_strength=1.0)
+    else:
+        model = keras.Model(inputs, outputs)
     # A name that no other metric has: `loss` of a net with LBE is more than the error.
     metric = keras.metrics.MeanSquaredError(name="error")
     optimizer = keras.optimizers.Adam(2e-3, global_clipnorm=1.0)

@@ -26,7 +26,11 @@ def build(depth, width, lbe):
         else:
             layer = keras.layers.Dense(width, "relu")
         x = layer(x)
-    model = LBEModel(inputs, keras.layers.Dense(10)(x), LBE_strength=0.003)
+    outputs = keras.layers.Dense(10)(x)
+    if lbe:
+        model = LBEModel(inputs, outputs, LBE_strength=0.003)
+    else:
+        model = keras.Model(inputs, outputs)
     model.compile(
         keras.optimizers.Adam(2e-3, global_clipnorm=1.0),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),

@@ -30,7 +30,11 @@ def build(kind, depth, width):
         x = keras.layers.Activation("selu" if kind == "selu" else "relu")(x)
         if kind == "lbe":
             x = LBE(lbe_alpha=3.0)(x)
-    model = LBEModel(inputs, keras.layers.Dense(10)(x), LBE_strength=0.015)
+    outputs = keras.layers.Dense(10)(x)
+    if kind == "lbe":
+        model = LBEModel(inputs, outputs, LBE_strength=0.015)
+    else:
+        model = keras.Model(inputs, outputs)
     model.compile(
         keras.optimizers.Adam(2e-3, global_clipnorm=1.0),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),

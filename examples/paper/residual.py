@@ -33,7 +33,11 @@ def build(blocks, filters, normalized, lbe):
         if lbe:
             x = LBE(lbe_alpha=1.0)(x)
     x = keras.layers.GlobalMaxPooling2D()(x)
-    model = LBEModel(inputs, keras.layers.Dense(10)(x), LBE_strength=0.05)
+    outputs = keras.layers.Dense(10)(x)
+    if lbe:
+        model = LBEModel(inputs, outputs, LBE_strength=0.05)
+    else:
+        model = keras.Model(inputs, outputs)
     model.compile(
         keras.optimizers.Adam(2e-3, global_clipnorm=1.0),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),

@@ -37,7 +37,11 @@ def build(norm, lbe, blocks, width=32):
         branch, dense = normalize(x, "pre"), Dense_LBE if lbe else keras.layers.Dense
         hidden = dense(4 * width, "gelu", **({"LBE_alpha": 1.0} if lbe else {}))
         x = normalize(x + keras.layers.Dense(width)(hidden(branch)), "post")
-    model = LBEModel(inputs, keras.layers.Dense(128)(x), LBE_strength=0.1)
+    outputs = keras.layers.Dense(128)(x)
+    if lbe:
+        model = LBEModel(inputs, outputs, LBE_strength=0.1)
+    else:
+        model = keras.Model(inputs, outputs)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(3e-3), loss, metrics=["accuracy"])
     return model

@@ -27,6 +27,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <random>
@@ -148,7 +149,7 @@ struct Fiber {
   const Barrier* waits_for = nullptr;
   unsigned waits_until = 0;
   bool finished = false;
-  void* tsan = nullptr;
+  void* tsan = nullptr;  // ThreadSanitizer's, which is dear to make
 
   bool runnable() const {
     return !finished &&
@@ -176,6 +177,7 @@ struct Machine {
   size_t resident = 3;                // blocks at a time
   bool runs = true;                   // or only writes down what it is given
   std::vector<Operation> operations;  // so far
+  std::vector<std::unique_ptr<Fiber>> idle;
   Fiber* current = nullptr;
   ucontext_t scheduler;
   const std::function<void()>* body = nullptr;
@@ -191,25 +193,20 @@ inline Machine& TheMachine() {
 
 inline Fiber& Current() { return *TheMachine().current; }
 
-// To the scheduler and, unless the fiber is at its end, back some time.
-inline void SwitchToScheduler(bool at_end) {
+// To the scheduler and back some time.
+inline void SwitchToScheduler() {
   Machine& machine = TheMachine();
   Fiber* fiber = machine.current;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(at_end ? nullptr : &fake_stack,
-                                 machine.scheduler_stack,
+  __sanitizer_start_switch_fiber(&fake_stack, machine.scheduler_stack,
                                  machine.scheduler_stack_bytes);
 #endif
 #if defined(__SANITIZE_THREAD__)
   __tsan_switch_to_fiber(machine.scheduler_tsan,
                          __tsan_switch_to_fiber_no_sync);
 #endif
-  if (at_end) {
-    setcontext(&machine.scheduler);
-  } else {
-    swapcontext(&fiber->context, &machine.scheduler);
-  }
+  swapcontext(&fiber->context, &machine.scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
@@ -227,7 +224,7 @@ inline void Wait(Barrier* barrier, unsigned threads) {
     barrier->arrived = 0;
     ++barrier->passed;
   }
-  SwitchToScheduler(false);
+  SwitchToScheduler();
   fiber.waits_for = nullptr;
   barrier->Acquire(turn);
 }
@@ -257,24 +254,26 @@ inline void RunFiber() {
   __sanitizer_finish_switch_fiber(nullptr, &TheMachine().scheduler_stack,
                                   &TheMachine().scheduler_stack_bytes);
 #endif
-  (*TheMachine().body)();
-  {
-    Unseen unseen;
-    Current().finished = true;
-    ++Current().block->finished;
-  }
+  // A thread of one block after the other.
+  for (;;) {
 #if defined(__SANITIZE_THREAD__)
-  __tsan_release(&TheMachine());
+    __tsan_acquire(&TheMachine().body);
 #endif
-  SwitchToScheduler(true);
+    (*TheMachine().body)();
+    {
+      Unseen unseen;
+      Current().finished = true;
+      ++Current().block->finished;
+    }
+#if defined(__SANITIZE_THREAD__)
+    __tsan_release(&TheMachine());
+#endif
+    SwitchToScheduler();
+  }
 }
 
-inline std::unique_ptr<Fiber> MakeFiber(Block* block, unsigned block_index,
-                                        unsigned thread_index) {
+inline std::unique_ptr<Fiber> MakeFiber() {
   auto fiber = std::make_unique<Fiber>();
-  fiber->thread_index.x = thread_index;
-  fiber->block_index.x = block_index;
-  fiber->block = block;
   getcontext(&fiber->context);
   fiber->context.uc_stack.ss_sp = fiber->stack.get();
   fiber->context.uc_stack.ss_size = kStackBytes;
@@ -283,6 +282,20 @@ inline std::unique_ptr<Fiber> MakeFiber(Block* block, unsigned block_index,
 #if defined(__SANITIZE_THREAD__)
   fiber->tsan = __tsan_create_fiber(0);
 #endif
+  return fiber;
+}
+
+// One that is idle, if there is one.
+inline std::unique_ptr<Fiber> TakeFiber(Block* block, unsigned block_index,
+                                        unsigned thread_index) {
+  auto& idle = TheMachine().idle;
+  if (idle.empty()) idle.push_back(MakeFiber());
+  std::unique_ptr<Fiber> fiber = std::move(idle.back());
+  idle.pop_back();
+  fiber->thread_index.x = thread_index;
+  fiber->block_index.x = block_index;
+  fiber->block = block;
+  fiber->finished = false;
   return fiber;
 }
 
@@ -312,6 +325,9 @@ inline void Launch(const char* name, unsigned blocks, unsigned threads,
   machine.operations.push_back({name, blocks, threads, 0});
   if (!machine.runs) return;
   machine.body = &body;
+#if defined(__SANITIZE_THREAD__)
+  __tsan_release(&machine.body);  // what was before this launch
+#endif
   // Subnormal floats are zero, as with nvcc -ftz=true; fibers inherit this.
   const unsigned saved = _mm_getcsr();
   _mm_setcsr(saved | _MM_FLUSH_ZERO_ON | 0x0040);
@@ -332,7 +348,7 @@ inline void Launch(const char* name, unsigned blocks, unsigned threads,
       block->threads = threads;
       block->warps.resize(threads / kWarp);
       for (unsigned t = 0; t < threads; ++t) {
-        fibers.push_back(MakeFiber(block.get(), order[next], t));
+        fibers.push_back(TakeFiber(block.get(), order[next], t));
       }
       resident.push_back(std::move(block));
       ++next;
@@ -355,22 +371,23 @@ inline void Launch(const char* name, unsigned blocks, unsigned threads,
         ++b;
         continue;
       }
-      // Gone are all that are finished, but ThreadSanitizer keeps them to the
-      // end: it would take a new one for an old one.
+      // ThreadSanitizer would take the next block's threads for this one's.
+#if defined(__SANITIZE_THREAD__)
+      auto& idle = finished;
+#else
+      auto& idle = machine.idle;
+#endif
       for (auto& fiber : fibers) {
-        if (fiber->block == block) finished.push_back(std::move(fiber));
+        if (fiber->block == block) idle.push_back(std::move(fiber));
       }
       fibers.erase(std::remove(fibers.begin(), fibers.end(), nullptr),
                    fibers.end());
-#if !defined(__SANITIZE_THREAD__)
-      finished.clear();
-#endif
       resident.erase(resident.begin() + static_cast<ptrdiff_t>(b));
     }
   }
 #if defined(__SANITIZE_THREAD__)
   __tsan_acquire(&machine);
-  for (const auto& fiber : finished) __tsan_destroy_fiber(fiber->tsan);
+  std::move(finished.begin(), finished.end(), std::back_inserter(machine.idle));
 #endif
   _mm_setcsr(saved);
 }

@@ -275,6 +275,12 @@ def h16(rows: Rows) -> Verdict:
     return confirmed(rows, "H16", "lbe_one_sided")
 
 
+def h17(rows: Rows) -> Verdict:
+    """Transformers without normalization."""
+    found = gains(of(rows, model="transformer", norm="none", depth=12))
+    return Verdict("H17", mean_interval(found)[0] <= 0, span(found))
+
+
 # What each needs: its blocks, all of whose trials must have been run.
 HYPOTHESES: dict[Callable[[Rows], Verdict], tuple[str, ...]] = {
     h0: ("shallow",),
@@ -285,6 +291,7 @@ HYPOTHESES: dict[Callable[[Rows], Verdict], tuple[str, ...]] = {
     h10: ("m3",),
     **dict.fromkeys((h11, h12, h13), ("m5",)),
     **dict.fromkeys((h15, h16), ("m3_confirm",)),  # H14: plasticity.py
+    h17: ("m7",),
 }
 
 

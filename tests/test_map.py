@@ -247,7 +247,7 @@ def hypotheses():
 
 def write_maps(folder: pathlib.Path, trains: Callable[[Trial], bool]) -> None:
     """All blocks, as if exactly these trials had trained."""
-    for block in ("shallow", "m1", "m1_claims", "m2", "m3", "m3_confirm", "m5"):
+    for block in ("shallow", "m1", "m1_claims", "m2", "m3", "m3_confirm", "m5", "m7"):
         rows = []
         for trial in trainability.BLOCKS[block]():
             good = trains(trial)
@@ -268,7 +268,7 @@ def test_every_block_of_the_hypotheses_has_a_report(tmp_path):
         trainability._report(path.stem, path)
         arms = {trial.arm for trial, _ in trainability.read(path)}
         assert all(arm in path.with_suffix(".md").read_text() for arm in arms)
-        drawn = path.stem not in ("m3", "m3_confirm", "m5")
+        drawn = path.stem not in ("m3", "m3_confirm", "m5", "m7")
         assert path.with_suffix(".png").exists() == drawn
 
 
@@ -276,7 +276,7 @@ def test_hypotheses_hold_where_the_trials_say_so(hypotheses, tmp_path):
     def as_hoped(trial: Trial) -> bool:
         if trial.depth <= 10 or trial.initializer == "looks_linear":
             return True
-        if trial.model == "residual":
+        if trial.model in ("residual", "transformer"):
             return True
         if trial.gain > 1:
             return trial.arm != "none"
@@ -290,7 +290,7 @@ def test_hypotheses_hold_where_the_trials_say_so(hypotheses, tmp_path):
 
     write_maps(tmp_path, as_hoped)
     found = {each.name: each for each in hypotheses.verdicts(tmp_path)}
-    assert list(found) == [f"H{number}" for number in (*range(14), 15, 16)]
+    assert list(found) == [f"H{number}" for number in (*range(14), 15, 16, 17)]
     assert {name for name, each in found.items() if each.holds} == set(found)
     assert found["H1"].evidence.startswith(
         "50 layers with LBE, 20 without; at 50: +0.8"
@@ -303,7 +303,7 @@ def test_hypotheses_are_refuted_where_the_trials_say_so(hypotheses, tmp_path):
     def otherwise(trial: Trial) -> bool:
         if trial.depth == 3 or trial.norm == "batch":
             return trial.arm == "none"
-        if trial.model == "residual":
+        if trial.model in ("residual", "transformer"):
             return trial.arm == "lbe"
         if trial.arm in ("lbe_units", "none") and trial.activation == "gelu":
             return True
@@ -320,7 +320,7 @@ def test_hypotheses_are_refuted_where_the_trials_say_so(hypotheses, tmp_path):
     # The measurements of these files are those of the outcome, whatever that is.
     assert [name for name, holds in found.items() if holds] == ["H9"]
     text = hypotheses.table(hypotheses.verdicts(tmp_path))
-    assert text.count("**refuted**") == 15
+    assert text.count("**refuted**") == 16
 
 
 def test_a_hypothesis_is_open_while_trials_are_missing(hypotheses, tmp_path):

@@ -195,6 +195,21 @@ BLOCKS: dict[str, Callable[[], list[Trial]]] = {
             steps=600,
         ),
     ],
+    # Transformers with and without normalization: what pre-LN is for.
+    "m7": lambda: grid(
+        data="text",
+        model="transformer",
+        norm=("none", "layer"),
+        activation="gelu",
+        initializer="he_normal",
+        depth=(2, 12),
+        width=32,
+        batch_size=64,
+        learning_rate=(3e-4, 2e-3),
+        arm=BOTH,
+        seed=(1, 2, 3),
+        steps=300,
+    ),
 }
 
 
@@ -280,6 +295,7 @@ REPORTS: dict[str, tuple[tuple[str, ...], tuple[str, str, str] | None]] = {
     "m3_confirm": (CELL, None),
     "m4": ((*CELL, "learning_rate"), ("initializer", "learning_rate", "activation")),
     "m5": (("model", "norm", *CELL), None),
+    "m7": (("model", "norm", *CELL), None),
 }
 
 

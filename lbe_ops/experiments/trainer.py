@@ -135,7 +135,10 @@ class Trainer:
         )
 
     def _settings(self, trial: Trial) -> Settings:
-        names = ("model", "norm", "activation", "initializer", "depth", "width", "seed")
+        names = (
+            *("data", "model", "norm", "activation", "initializer"),
+            *("depth", "width", "seed"),
+        )
         lbe = {
             "lbe_variant": ARMS[trial.arm].variant,
             # Each arm sets its own.

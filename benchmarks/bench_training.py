@@ -31,6 +31,9 @@ NETS = {
     "500x128": Net("dense", 500, 128, 512),
     "100x1024": Net("dense", 100, 1024, 512),
     "cnn": Net("conv", 100, 8, 64),
+    # Without a fused epilogue.
+    "50x64-gelu": Net("dense", 50, 64, 128, "gelu"),
+    "100x1024-gelu": Net("dense", 100, 1024, 512, "gelu"),
     "quick": Net("dense", 20, 32, 128),
 }
 

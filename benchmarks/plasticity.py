@@ -158,11 +158,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40, help="of each task")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    with concurrent.futures.ProcessPoolExecutor(
-        arguments.processes,
-        multiprocessing.get_context("spawn"),
-        max_tasks_per_child=1,  # TensorFlow's threads are set once
-    ) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(arguments.processes, spawn) as pool:
         jobs = [
             pool.submit(train, arm, seed, arguments.tasks, arguments.epochs)
             for seed in range(1, arguments.seeds + 1)

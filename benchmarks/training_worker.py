@@ -23,23 +23,28 @@ LEARNING_RATE = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Net:
-    """A plain ReLU net, He-initialised: equal hidden layers, then 10 logits.
+    """A plain net, He-initialised: equal hidden layers, then 10 logits.
 
     Attributes:
         kind: "dense", or "conv" with 3x3 filters on images of 28 x 28.
         depth: hidden layers.
         width: units or filters of each.
         batch: samples of a step.
+        activation: of the hidden layers.
     """
 
     kind: str
     depth: int
     width: int
     batch: int
+    activation: str = "relu"
 
     @property
     def name(self) -> str:
-        return f"{self.kind} {self.depth} x {self.width}, batch {self.batch}"
+        kind = (
+            self.kind if self.activation == "relu" else f"{self.kind} {self.activation}"
+        )
+        return f"{kind} {self.depth} x {self.width}, batch {self.batch}"
 
 
 class Turns:
@@ -189,7 +194,7 @@ def _model(net: Net, variant: str) -> object:
             arguments = {"LBE_alpha": ALPHA, "LBE_alpha_min": ALPHA_MIN}
         elif variant == "pure LBE":
             arguments = {"activity_regularizer": _port_regularizer()}
-        arguments |= {"activation": "relu", "kernel_initializer": "he_uniform"}
+        arguments |= {"activation": net.activation, "kernel_initializer": "he_uniform"}
         if net.kind == "dense":
             x = dense(net.width, **arguments)(x)
         else:
@@ -288,12 +293,13 @@ def _torch(
     if variant == "pure LBE":
         parameters += [alpha.requires_grad_() for alpha in alphas]
     optimizer = torch.optim.SGD(parameters, LEARNING_RATE)
+    activation = getattr(torch.nn.functional, net.activation)
     batch_entropy = formulas.pytorch_original()
     while True:
         optimizer.zero_grad()
         y, lbe = x.flatten(1) if net.kind == "dense" else x, []
         for layer, alpha in zip(hidden, alphas, strict=True):
-            y = torch.relu(layer(y))
+            y = activation(layer(y))
             if variant == "pure LBE":
                 entropy = batch_entropy(y)
                 lbe.append((entropy - alpha.abs().clamp(min=ALPHA_MIN)) ** 2)

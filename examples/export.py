@@ -15,7 +15,7 @@ from lbe_ops import Dense_LBE, LBEModel
 inputs = h = keras.Input((64,), name="pixels")
 for _ in range(5):
     h = Dense_LBE(64, activation="relu")(h)
-model = LBEModel(inputs, keras.layers.Dense(10)(h))
+model = LBEModel(inputs, keras.layers.Dense(10)(h), LBE_strength=0.1)
 
 SERVER = """
 import sys, tensorflow as tf

@@ -6,9 +6,9 @@ import importlib.util
 
 if importlib.util.find_spec("tensorflow") is None:
     raise ImportError(
-        "lbe_ops needs TensorFlow, and none is installed. Install the one that it was "
-        'built for: `pip install "lbe_ops[cpu]"`, or `pip install "lbe_ops[cuda]"` on '
-        "a machine with an NVIDIA GPU."
+        "lbe_ops needs TensorFlow, and none is installed: `pip install "
+        'tensorflow-cpu`, or `pip install "tensorflow[and-cuda]"` on a machine with an '
+        "NVIDIA GPU."
     )
 
 import keras

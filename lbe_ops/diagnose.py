@@ -66,7 +66,7 @@ REMEDIES = {
     "exploding": (
         "Take a smaller gain of the initializer (for tanh: orthogonal, gain 1; for "
         "relu: he_normal, not more), clip gradients (global_clipnorm=1), or both. "
-        "LBE pushes the other way."
+        "LBE does not help."
     ),
     FINE: "Nothing to cure.",
 }

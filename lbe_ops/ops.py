@@ -61,9 +61,9 @@ def batch_entropy(
 
         dH/dx_nu = scale * (x_nu - mean_u) / (U (N - ddof) (scale * v_u + offset)),
 
-    finite everywhere for `offset > 0`. NaN and Inf in x come out as NaN, as do sums of
-    squares that overflow the type of the result. With the native op the result has
-    the same bits whatever the number of threads.
+    finite everywhere for `offset > 0`. NaN and Inf in x come out as NaN; sums of
+    squares that overflow the type of the result give infinity. With the native op the
+    result has the same bits whatever the number of threads.
 
     Args:
         x: activations `[N, ...]`, N >= 2 samples first; every later position is a

@@ -47,8 +47,9 @@ if os.environ.get("CI"):
 # processes.
 LONGEST = (
     *("cuda_emulation", "experiments_failures", "synchronized", "cuda_build"),
-    *("examples", "loss", "ops", "epilogue", "variants", "experiments", "strength"),
-    *("xla", "model"),
+    *("examples", "experiments_distributed", "loss", "jax_ffi", "fuzz"),
+    *("bench_training", "bench_distributed", "ops", "epilogue", "variants"),
+    *("experiments", "strength", "xla", "model"),
 )
 
 

@@ -2,6 +2,7 @@
 """What tests share: the one table of tolerances, requirements, samples, assertions."""
 
 import ast
+import contextlib
 import dataclasses
 import fcntl
 import importlib
@@ -10,6 +11,7 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -316,3 +318,19 @@ def assert_grad(actual, expected, tolerance):
     error = np.max(np.abs(actual - expected), initial=0)
     bound = tolerance.grad * np.max(np.abs(expected), initial=0) + tolerance.grad_atol
     assert error <= bound, f"error {error:.3g}, allowed {bound:.3g}"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens at just now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [
+            stack.enter_context(socket.create_server(("", 0))) for _ in range(count)
+        ]
+        return [each.getsockname()[1] for each in sockets]
+
+
+def worker_config(index: int, ports: list[int]) -> str:
+    """TF_CONFIG of one of the workers that listen at these ports."""
+    workers = [f"127.0.0.1:{port}" for port in ports]
+    task = {"type": "worker", "index": index}
+    return json.dumps({"cluster": {"worker": workers}, "task": task})

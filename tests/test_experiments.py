@@ -13,6 +13,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import zipfile
 
 import keras
 import numpy as np
@@ -144,6 +145,7 @@ def test_unfit_data_are_refused(npz, tmp_path, case):
         ("empty.npz", b"", "not an .npz"),
         ("cut.npz", "half", "damaged|not an .npz"),
         ("array.npz", "npy", "not an .npz"),
+        ("header.npz", "header", "damaged|not an .npz"),
         ("folder/x.npz", "folder", "directory"),
         ("what", None, "--data must be one of digits"),
     ],
@@ -155,6 +157,12 @@ def test_unreadable_files_are_refused(npz, tmp_path, name, content, message):
     elif content == "npy":
         with path.open("wb") as file:
             np.save(file, np.zeros(3))
+    elif content == "header":  # which NumPy's parser does not get to the end of
+        header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (3,"
+        array = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+        with zipfile.ZipFile(path, "w") as archive:
+            for key in data.KEYS:
+                archive.writestr(f"{key}.npy", array)
     elif content == "folder":
         path.mkdir(parents=True)
     elif content is not None:

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from helpers import save_patterns
+from helpers import free_ports, save_patterns, worker_config
 
 from lbe_ops import native
 from lbe_ops.experiments import command, data, distribution, plots, results
@@ -80,20 +80,6 @@ def alone(npz, tmp_path_factory):
     return run
 
 
-def config(index: int, ports: list[int]) -> str:
-    workers = [f"127.0.0.1:{port}" for port in ports]
-    task = {"type": "worker", "index": index}
-    return json.dumps({"cluster": {"worker": workers}, "task": task})
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [
-            stack.enter_context(socket.create_server(("", 0))) for _ in "x" * count
-        ]
-        return [each.getsockname()[1] for each in sockets]
-
-
 @contextlib.contextmanager
 def started(
     arguments: list[str], seconds: float = 600.0, **environment: str
@@ -126,8 +112,8 @@ def started(
 def two_workers(arguments: list[str]) -> Iterator[list[subprocess.Popen]]:
     ports = free_ports(2)
     with (
-        started(arguments, TF_CONFIG=config(0, ports)) as chief,
-        started(arguments, TF_CONFIG=config(1, ports)) as other,
+        started(arguments, TF_CONFIG=worker_config(0, ports)) as chief,
+        started(arguments, TF_CONFIG=worker_config(1, ports)) as other,
     ):
         yield [chief, other]
 
@@ -193,7 +179,9 @@ def test_other_kinds_of_nets_have_the_numbers_of_one_device(npz, alone, tmp_path
 
 
 @pytest.mark.long
-def test_two_processes_of_the_docs_give_the_numbers_of_one(npz, alone, tmp_path):
+def test_two_processes_of_the_docs_give_the_numbers_of_one(
+    npz, alone, tmp_path, monkeypatch
+):
     """And a run of two workers goes on with one device."""
     expected = alone()
     (example,) = re.findall(r"^```sh\n(.*?)^```$", DEVICES.read_text(), re.M | re.S)
@@ -218,6 +206,10 @@ def test_two_processes_of_the_docs_give_the_numbers_of_one(npz, alone, tmp_path)
     assert result.stdout.count("results, weights and plots") == 1
     for net in ("with_lbe", "without_lbe"):
         assert_same_numbers(folder, expected, net)
+    monkeypatch.setattr(data, "SOURCES", SOURCES)
+    monkeypatch.setattr(plots, "draw", lambda *arguments: None)
+    assert command.main(words(npz, folder, "--lbe", "--epochs", 3)) == 0
+    assert_same_numbers(folder, alone("--lbe", "--epochs", 3), "with_lbe")
 
 
 @pytest.mark.long
@@ -250,8 +242,10 @@ def test_what_differs_ends_all_workers(npz, tmp_path):
     arguments = words(npz, tmp_path / "run")
     ports = free_ports(2)
     with (
-        started(arguments, TF_CONFIG=config(0, ports)) as chief,
-        started([*arguments, "--seed", "5"], TF_CONFIG=config(1, ports)) as other,
+        started(arguments, TF_CONFIG=worker_config(0, ports)) as chief,
+        started(
+            [*arguments, "--seed", "5"], TF_CONFIG=worker_config(1, ports)
+        ) as other,
     ):
         for index, worker in enumerate((chief, other)):
             output, error = assert_ends(worker, 2)
@@ -264,7 +258,7 @@ def test_what_differs_ends_all_workers(npz, tmp_path):
 
 def test_missing_worker_ends_the_others_in_time(npz, tmp_path):
     arguments = words(npz, tmp_path / "run", "--data", "none.npz")
-    with started(arguments, 3.0, TF_CONFIG=config(0, free_ports(2))) as chief:
+    with started(arguments, 3.0, TF_CONFIG=worker_config(0, free_ports(2))) as chief:
         output, error = assert_ends(chief, 1)
     assert "none.npz cannot be read: " in output
     assert "; worker 0 waits for worker 1: ends after 3 s" in output
@@ -273,7 +267,7 @@ def test_missing_worker_ends_the_others_in_time(npz, tmp_path):
 
 def test_interrupt_ends_a_worker_that_waits(npz, tmp_path):
     arguments = words(npz, tmp_path / "run")
-    with started(arguments, TF_CONFIG=config(0, free_ports(2))) as chief:
+    with started(arguments, TF_CONFIG=worker_config(0, free_ports(2))) as chief:
         assert "waits for worker 1" in chief.stdout.readline()
         with pytest.raises(subprocess.TimeoutExpired):
             chief.wait(2)
@@ -285,7 +279,7 @@ def test_taken_port_is_one_line(npz, tmp_path):
     with socket.create_server(("", 0)) as taken:
         ports = [taken.getsockname()[1], *free_ports(1)]
         arguments = words(npz, tmp_path / "run")
-        with started(arguments, TF_CONFIG=config(0, ports)) as chief:
+        with started(arguments, TF_CONFIG=worker_config(0, ports)) as chief:
             _, error = assert_ends(chief, 2)
     assert "at a port of TF_CONFIG that is free" in error
 

@@ -137,7 +137,7 @@ def test_files_with_the_initializers_load(tmp_path):
                 assert text.count('"lbe_ops.initializers", "class_name": "Looks') == 1
                 text = text.replace(
                     '"lbe_ops.initializers", "class_name": "Looks',
-                    '"lbe_ops.initializers", "class_name": "Looks',
+                    '"lbe_ops.experiments.looks_linear", "class_name": "Looks',
                 )
                 content = json.dumps(json.loads(text))
             old.writestr(name, content)

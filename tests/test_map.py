@@ -169,7 +169,7 @@ def test_an_interrupted_map_goes_on_where_it_was(smoke, tmp_path, capfd):
     assert command_line.main(arguments) == 0
     path = tmp_path / "smoke.csv"
     rows = trainability.read(path)
-    assert sorted(rows, key=str) and {trial for trial, _ in rows} == set(smoke)
+    assert {trial for trial, _ in rows} == set(smoke)
     assert (tmp_path / "smoke.md").exists() and (tmp_path / "smoke.png").exists()
 
     # As after a crash in the middle of a line.
@@ -198,6 +198,22 @@ def test_a_foreign_file_is_not_touched(smoke, tmp_path, capsys):
     assert command_line.main(["map", "smoke", "--output", str(tmp_path)]) == 2
     assert "smoke.csv is not a file of this map" in capsys.readouterr().err
     assert path.read_text() == "a,b\n1,2\n"
+
+
+@pytest.mark.parametrize("processes", [0, -1])
+def test_a_map_needs_a_process(smoke, tmp_path, capsys, processes):
+    words = ["map", "smoke", "--output", str(tmp_path), "--processes", str(processes)]
+    assert command_line.main(words) == 2
+    assert f"at least 1. Received: {processes}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_block_without_time_left_draws_nothing(smoke, tmp_path, capsys):
+    words = ["map", "smoke", "m0", "--output", str(tmp_path), "--minutes", "0"]
+    assert command_line.main(words) == 0
+    printed = capsys.readouterr().out
+    for block in ("smoke", "m0"):
+        assert f"{block}: no trial was run, nothing is drawn" in printed
 
 
 def test_every_block_names_trials_of_known_arms_once():

@@ -156,7 +156,7 @@ def test_ci_runs_on_every_python():
 def test_issues_ask_for_what_info_prints():
     form = read(".github/ISSUE_TEMPLATE/bug.yml")
     asked = form[form.index("id: info") :]
-    assert "`python -m lbe_ops info`" in asked and "required: true" in asked
+    assert "`lbe-ops info`" in asked and "required: true" in asked
 
 
 def supported():
@@ -298,5 +298,5 @@ def test_import_without_tensorflow_says_what_to_install(tmp_path):
     assert done.returncode != 0
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ImportError: lbe_ops needs TensorFlow")
-    assert "lbe_ops[cpu]" in last
-    assert "lbe_ops[cuda]" in last
+    assert "pip install tensorflow-cpu" in last
+    assert "tensorflow[and-cuda]" in last

@@ -6,13 +6,11 @@ devices of TensorFlow are made once in each. The ops are tested in
 `test_synchronized_ops.py`.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
@@ -21,7 +19,13 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from helpers import assert_grad, assert_statistics, tensor
+from helpers import (
+    assert_grad,
+    assert_statistics,
+    free_ports,
+    tensor,
+    worker_config,
+)
 
 from lbe_ops import Dense_LBE, LBEModel, NativeUnavailableError, ops, reference
 from lbe_ops.synchronized import warn_of
@@ -269,42 +273,26 @@ def test_parameter_servers_are_warned_of():
         warn_of(strategy)
 
 
-@contextlib.contextmanager
-def ports(count):
-    """Free ports, which stay free of others until the block begins to end."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    numbers = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    yield numbers
-
-
 def workers(count, folder, *arguments):
     """What worker_cases.py prints in each of several processes."""
-    with ports(count) as numbers:
-        cluster = {"worker": [f"127.0.0.1:{number}" for number in numbers]}
-        processes = []
-        for index in range(count):
-            task = {"type": "worker", "index": index}
-            config = json.dumps({"cluster": cluster, "task": task})
-            own = folder / str(index)
-            own.mkdir(parents=True)
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, HERE / "worker_cases.py", own, *arguments],
-                    env={**ENVIRONMENT, "TF_CONFIG": config},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
+    ports, processes = free_ports(count), []
+    for index in range(count):
+        own = folder / str(index)
+        own.mkdir(parents=True)
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, HERE / "worker_cases.py", own, *arguments],
+                env={**ENVIRONMENT, "TF_CONFIG": worker_config(index, ports)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
             )
-        try:
-            printed = [process.communicate(timeout=300) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
+        )
+    try:
+        printed = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     for process, (_, errors) in zip(processes, printed, strict=True):
         assert process.returncode == 0, errors[-3000:]
     return [json.loads(out.splitlines()[-1]) for out, _ in printed]

@@ -309,7 +309,11 @@ print(json.dumps([all(same_entropies), all(same_gradients), sorted(places)]))
 
 
 @pytest.mark.parametrize(
-    "commands", ["", "FUSION,CUSTOM_CALL"], ids=["launched", "recorded"]
+    "commands",
+    [
+        pytest.param("", id="launched"),
+        pytest.param("FUSION,CUSTOM_CALL", id="recorded", marks=pytest.mark.gpu),
+    ],
 )
 def test_many_steps(xla, device, commands):
     """On a GPU one by one, and recorded as command buffers (CUDA graphs)."""

@@ -74,12 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"train {' and '.join(names)}".replace("_", " ")
             + (" (default)" if flag == "--both" else ""),
         )
-    run_group.add_argument(
+    place = run_group.add_mutually_exclusive_group()
+    place.add_argument(
         "--output",
         metavar="DIR",
         help="folder of the results (default: results/NAME)",
     )
-    run_group.add_argument(
+    place.add_argument(
         "--name",
         help="name of that folder (default: the preset's, or one made from the "
         "settings)",

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-import zipfile
 import zlib
 from typing import Any
 
@@ -176,10 +175,12 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
                     f"{path} lacks {', '.join(missing)}; it must have {', '.join(KEYS)}"
                 )
             return {key: archive[key] for key in KEYS}
+    except (ExperimentError, MemoryError):
+        raise
     except (OSError, EOFError, ValueError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or "not an .npz of plain arrays"
         raise ExperimentError(f"{path} cannot be read: {reason}") from error
-    except (zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # zipfile, zlib and NumPy's parser have many
         raise ExperimentError(f"{path} cannot be read: it is damaged") from error
 
 

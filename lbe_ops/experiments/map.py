@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lbe_ops.experiments import ending, lock
-from lbe_ops.experiments.errors import ExperimentError
+from lbe_ops.experiments.errors import ExperimentError, require_installed
 from lbe_ops.experiments.results import replacing
 from lbe_ops.experiments.trial import ARMS, Trial
 
@@ -243,6 +243,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status as that of `lbe-ops train`."""
 
     def work() -> None:
+        if arguments.processes < 1:
+            raise ExperimentError(
+                f"--processes must be at least 1. Received: {arguments.processes}"
+            )
+        require_installed("matplotlib", "scipy", "sklearn")
         until = time.monotonic() + 60 * arguments.minutes
         for block in arguments.blocks:
             path = pathlib.Path(arguments.output) / f"{block}.csv"
@@ -302,7 +307,10 @@ REPORTS: dict[str, tuple[tuple[str, ...], tuple[str, str, str] | None]] = {
 def _report(block: str, path: pathlib.Path) -> None:
     from lbe_ops.experiments import map_report
 
-    rows = read(path)
+    rows = read(path) if path.exists() else []
+    if not rows:
+        print(f"{block}: no trial was run, nothing is drawn")
+        return
     axes, picture = REPORTS.get(block, (CELL, ("initializer", "depth", "activation")))
     trained = any(trial.steps for trial, _ in rows)
     table = map_report.table if trained else map_report.measurements

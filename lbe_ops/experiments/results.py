@@ -151,10 +151,12 @@ class NetFolder:
             where the net was not trained.
 
         Raises:
-            ExperimentError: the file cannot be read.
+            ExperimentError: the file cannot be read, or is no history.
         """
         path = self.path / "history.json"
         rows = _read_json(path) if path.exists() else []
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ExperimentError(f"{path} is not the history of a run")
         return [
             {key: math.nan if value is None else value for key, value in row.items()}
             for row in rows

@@ -113,9 +113,7 @@ class Trainer:
         batches = self.batches(trial)
         outcome: dict[str, Any] = {}
         done = 0
-        for step in (*MEASURED, trial.steps):
-            if step > trial.steps:
-                continue
+        for step in (*(s for s in MEASURED if s < trial.steps), trial.steps):
             if step > done:
                 self._train(tf.constant(batches[done:step]))
                 done = step

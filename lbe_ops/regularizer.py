@@ -193,9 +193,8 @@ class LBERegularizer(keras.layers.Layer):
               deviation of a unit whose entropy is t. Its gradient does not vanish with
               the variance, as that of the others does.
 
-            The last three are what was tried beside the paper's; on 100 layers
-            "std_hinge" ended above it in two of three cells of the trainability map
-            (docs/map.md), which is to be confirmed. Alpha can only fall with
+            The last three are what was tried beside the paper's; none of them was
+            reliably better in the trainability map (docs/map.md). Alpha can only fall with
             "one_sided" and "std_hinge", down to `lbe_alpha_min`: `trainable=False`
             keeps it. "units" and "std_hinge" are plain TensorFlow operations on the
             layer's output, without the fused epilogue, and an `LBEModel` on replicas

@@ -37,6 +37,10 @@ pytestmark = [
     pytest.mark.skipif(
         sys.platform != "linux", reason="what is done to processes here is Linux'"
     ),
+    pytest.mark.filterwarnings(
+        "ignore:__array__ implementation doesn't accept a copy keyword"
+        ":DeprecationWarning"
+    ),
 ]
 
 TINY = (
@@ -497,9 +501,6 @@ def test_a_home_is_not_needed(npz, tmp_path, monkeypatch, home):
     assert status == 0
 
 
-@pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)
 def test_clocks_that_jump_change_nothing(npz, tmp_path, monkeypatch):
     """By days, back and forth, also within a run that goes on."""
     folders = [tmp_path / "steady", tmp_path / "jumping"]

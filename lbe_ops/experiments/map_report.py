@@ -126,20 +126,20 @@ and the arm's learning rate. Differences are paired, with the 95 % interval of t
 
 
 def table(rows: Rows, axes: Sequence[str]) -> str:
-    """A line per combination of the axes: every arm, and its gain over `none`."""
+    """A line per combination of the axes: every arm, and its gain over the first."""
     found = cells(rows, axes)
-    arms = [arm for arm in ARMS if any(trial.arm == arm for trial, _ in rows)]
-    header = [*axes, *arms, *(f"{arm} - none" for arm in arms if arm != "none")]
+    base, *others = (arm for arm in ARMS if any(trial.arm == arm for trial, _ in rows))
+    header = [*axes, base, *others, *(f"{arm} - {base}" for arm in others)]
     lines = []
     for place in found:
         of_arms = found[place]
         line = [
             f"{value:g}" if not isinstance(value, str) else value for value in place
         ]
-        line += [_text(of_arms[arm]) if arm in of_arms else "" for arm in arms]
-        for arm in arms:
-            if arm != "none":
-                line.append(_difference(of_arms, arm))
+        line += [
+            _text(of_arms[arm]) if arm in of_arms else "" for arm in (base, *others)
+        ]
+        line += [_difference(of_arms, arm, base) for arm in others]
         lines.append(line)
     return f"{LEGEND}\n{markdown(header, lines)}"
 
@@ -176,11 +176,11 @@ def _text(cell: Cell) -> str:
     return f"{cell.mean:.3f} ({cell.trained}/{count}, {cell.learning_rate:.0e})"
 
 
-def _difference(arms: dict[str, Cell], arm: str) -> str:
-    if arm not in arms or "none" not in arms:
+def _difference(arms: dict[str, Cell], arm: str, base: str) -> str:
+    if arm not in arms or base not in arms:
         return ""
-    base = arms["none"].accuracies
-    pairs = [value - base[s] for s, value in arms[arm].accuracies.items() if s in base]
+    of_base = arms[base].accuracies
+    pairs = [v - of_base[s] for s, v in arms[arm].accuracies.items() if s in of_base]
     if not pairs:
         return ""
     text = f"{np.mean(pairs):+.3f}"

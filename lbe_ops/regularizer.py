@@ -194,11 +194,11 @@ class LBERegularizer(keras.layers.Layer):
               the variance, as that of the others does.
 
             The last three are what was tried beside the paper's; none of them was
-            reliably better in the trainability map (docs/map.md). Alpha can only fall with
-            "one_sided" and "std_hinge", down to `lbe_alpha_min`: `trainable=False`
-            keeps it. "units" and "std_hinge" are plain TensorFlow operations on the
-            layer's output, without the fused epilogue, and an `LBEModel` on replicas
-            needs `synchronized=False`.
+            reliably better in the trainability map (docs/map.md). Alpha can only fall
+            with "one_sided" and "std_hinge", down to `lbe_alpha_min`:
+            `trainable=False` keeps it. "units" and "std_hinge" are plain TensorFlow
+            operations on the layer's output, without the fused epilogue, and an
+            `LBEModel` on replicas needs `synchronized=False`.
         name: name of the regularizer.
         trainable: False keeps alpha as it is.
 

@@ -30,7 +30,7 @@ timed = @echo '$(2)'; start=$$(date +%s); $(2) && echo "$(1): $$(($$(date +%s) -
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
-help: ## list the targets
+help: ## list the targets, and how long each takes on two cores
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1: /p' Makefile
 
 # A machine without a GPU needs no CUDA kernels for it; what is built stays as it is.
@@ -39,7 +39,7 @@ demo: export LBE_CUDA ?= $(patsubst LBE_CUDA=%,%,$(filter LBE_CUDA=%,$(shell cat
 else ifeq ($(wildcard /dev/nvidia0),)
 demo: export LBE_CUDA ?= OFF
 endif
-demo: $(PACKAGE) ## train 50 GELU layers with and without LBE, plots and a short benchmark
+demo: $(PACKAGE) ## train 50 GELU layers with and without LBE, plots and a short benchmark (4 min on a fresh machine)
 	$(BIN)/lbe-ops train --preset demo
 	$(BIN)/python benchmarks/bench_op.py --quick --output results/demo/benchmark
 
@@ -48,15 +48,15 @@ demo: $(PACKAGE) ## train 50 GELU layers with and without LBE, plots and a short
 PYTEST = LBE_REQUIRE_NATIVE=1 LBE_TEST_INSTALLED=1 \
   ../$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test: $(PACKAGE) $(TOOLS) ## all tests but the long ones, on the installed wheel
+test: $(PACKAGE) $(TOOLS) ## all tests but the long ones, on the installed wheel (10 min, and 3 min to build)
 	cd tests && $(PYTEST) -m "not long and not slow and not gpu" $(PYTEST_ARGS)
 
-test-long: $(PACKAGE) $(TOOLS) ## the long tests: emulated CUDA, examples, several processes
+test-long: $(PACKAGE) $(TOOLS) ## the long tests: emulated CUDA, examples, several processes (20 min)
 	cd tests && $(PYTEST) -m "long and not gpu" $(PYTEST_ARGS)
 
-test-all: test test-long ## both; what CI runs
+test-all: test test-long ## both; what CI runs (30 min)
 
-build: $(PACKAGE) ## build the wheel into dist/ and install it into .venv
+build: $(PACKAGE) ## build the wheel into dist/ and install it into .venv (2 min; with nvcc 3 min)
 
 # One wheel for every Python and every TensorFlow that pyproject.toml allows, on systems
 # as old as those that TensorFlow's own wheels serve; auditwheel looks at every library.
@@ -64,7 +64,7 @@ PYTHONS ?= $(shell $(PYTHON) .ci/supported.py pythons)
 TENSORFLOWS ?= $(shell $(PYTHON) .ci/supported.py tensorflows)
 WHEEL_PLATFORM := manylinux_2_27_x86_64
 
-wheel: $(TOOLS) ## one wheel for all TensorFlows and Pythons, into dist/
+wheel: $(TOOLS) ## one wheel for all TensorFlows and Pythons, into dist/ (4 min with nvcc)
 	rm -rf build/lib* build/wheel
 	LBE_NATIVE=ON LBE_TENSORFLOW="$(TENSORFLOWS)" LBE_PYTHONS="$(PYTHONS)" \
 	  $(BIN)/python -m pip wheel -v --no-build-isolation --no-deps -w build/wheel .
@@ -72,25 +72,25 @@ wheel: $(TOOLS) ## one wheel for all TensorFlows and Pythons, into dist/
 	  --exclude 'libtensorflow_*.so.2' --wheel-dir dist build/wheel/lbe_ops-*.whl
 	ls -l dist
 
-test-matrix: wheel ## that wheel with other TensorFlows, Pythons and Kerases
+test-matrix: wheel ## that wheel with other TensorFlows, Pythons and Kerases (5 min each)
 	$(PYTHON) .ci/matrix.py $(MATRIX_ARGS)
 
-bench: $(PACKAGE) ## the whole benchmark, into results/benchmark
+bench: $(PACKAGE) ## the whole benchmark, into results/benchmark (tens of minutes)
 	$(BIN)/python benchmarks/bench_op.py --output results/benchmark
 	$(BIN)/python benchmarks/bench_kernels.py --output results/benchmark/kernels
 
-bench-training: $(PACKAGE) ## training with LBE against training without, into results/training
+bench-training: $(PACKAGE) ## training with LBE against training without, into results/training (an hour)
 	$(BIN)/python benchmarks/bench_training.py $(BENCH_ARGS)
 
-bench-distributed: $(PACKAGE) ## training on several replicas of this CPU, into results/distributed
+bench-distributed: $(PACKAGE) ## training on several replicas of this CPU, into results/distributed (an hour)
 	$(BIN)/python benchmarks/bench_distributed.py $(BENCH_ARGS)
 
 # With what $(PYTHON) can import, without .venv: a GPU machine may reach no package
 # registry. TensorFlow's part only where it is installed.
-test-gpu: ## correctness on this machine's GPU
+test-gpu: ## correctness on this machine's GPU (not run yet)
 	$(PYTHON) benchmarks/on_gpu.py test $(PYTEST_ARGS)
 
-bench-gpu: ## the benchmark on this machine's GPU, into results/benchmark-gpu
+bench-gpu: ## the benchmark on this machine's GPU, into results/benchmark-gpu (not run yet)
 	$(PYTHON) benchmarks/on_gpu.py bench $(BENCH_ARGS)
 
 # Its archive is all that is needed from the machine: EVIDENCE_ARGS="--archive FILE".
@@ -99,11 +99,11 @@ evidence-gpu: ## in ten minutes, all that a GPU can tell, into results/gpu-evide
 
 # In a small environment of its own, without TensorFlow: docstrings are read, not run.
 DOCS := build/docs-venv
-docs: $(DOCS)/.installed ## the documentation site, into site/; a warning is an error
+docs: $(DOCS)/.installed ## the documentation site, into site/; a warning is an error (20 s)
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 	@echo "the documentation: site/index.html"
 
-lint: lint-python lint-types lint-cxx ## check the style of Python and C++, and types
+lint: lint-python lint-types lint-cxx ## check the style of Python and C++, and types (20 s)
 
 # One by one for .pre-commit-config.yaml.
 lint-python: $(TOOLS)
@@ -116,12 +116,12 @@ lint-types: $(TOOLS)
 lint-cxx: $(TOOLS)
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
-format: $(TOOLS) ## put Python and C++ into that style
+format: $(TOOLS) ## put Python and C++ into that style (seconds)
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-sanitize: $(REQUIREMENTS) ## kernel tests under ASan + UBSan, then under TSan; random calls
+sanitize: $(REQUIREMENTS) ## kernel tests under ASan + UBSan, then under TSan; random calls (10 min)
 	export PATH="$(abspath $(BIN)):$$PATH"; \
 	for sanitizers in address,undefined thread; do \
 	  folder=build/$$sanitizers; \
@@ -144,7 +144,7 @@ sanitize: $(REQUIREMENTS) ## kernel tests under ASan + UBSan, then under TSan; r
 	done
 
 # Cross-compiled and emulated: it shows bits, not speed.
-test-aarch64: $(REQUIREMENTS) ## kernel tests for aarch64, emulated, and whether its bits are these
+test-aarch64: $(REQUIREMENTS) ## kernel tests for aarch64, emulated, and whether its bits are these (minutes)
 	@for program in aarch64-linux-gnu-g++ qemu-aarch64; do \
 	  command -v $$program >/dev/null || { echo "error: $$program is missing:" \
 	    "sudo apt-get install -y g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }; \
@@ -165,7 +165,7 @@ test-aarch64: $(REQUIREMENTS) ## kernel tests for aarch64, emulated, and whether
 	done; \
 	echo "the same digests, all $$(wc -l < build/aarch64/digests)"
 
-clean: ## remove .venv and everything built; results/ stays
+clean: ## remove .venv and everything built; results/ stays (a second)
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
 # One line that names what to install, not a page of errors later.

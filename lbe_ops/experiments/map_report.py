@@ -27,7 +27,7 @@ Rows = Sequence[tuple[Trial, dict[str, float]]]
 
 # The best mean over seeds of a net of three layers (the block `shallow`), and of a
 # transformer of two blocks (`m7`).
-SHALLOW_ACCURACY = {"digits": 0.975, "text": 0.5}
+SHALLOW_ACCURACY = {"digits": 0.975, "text": 0.369}
 TRAINED = 0.9  # the share of that from which on a net counts as trained
 
 

@@ -125,17 +125,17 @@ def epochs(folder: pathlib.Path) -> int:
 # Two at once
 
 
-def test_second_process_is_told_who_writes(npz, tmp_path, run_here):
+def test_second_process_is_told_who_writes(npz, tmp_path):
     folder = tmp_path / "run"
     words = training(npz, folder, "--epochs", 100_000)
     with started(*words, preexec_fn=hear_signals) as first:
         wait_for(first, "accuracy")
-        status, _, line = run_here(*words)
+        status, _, line = run(*words)
         assert status == 2
         assert f"{folder} is being written by process {first.pid} on " in line
-        assert run_here(*words, "--overwrite")[::2] == (2, line)
+        assert run(*words, "--overwrite")[::2] == (2, line)
         # The first one has noticed nothing, and another folder is free.
-        assert run_here(*training(npz, tmp_path / "other", "--epochs", 1))[0] == 0
+        assert run(*training(npz, tmp_path / "other", "--epochs", 1))[0] == 0
         before = epochs(folder)
         first.send_signal(signal.SIGTERM)
         _, error = first.communicate()
@@ -176,6 +176,22 @@ def test_signals_end_in_one_line_and_a_status(npz, tmp_path):
         assert process.returncode == 128 + number
         assert error.endswith(f"error: {what}; {AGAIN}\n")
         assert "Traceback" not in error and not temporary(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signal_that_comes_while_python_frees_an_object_is_not_lost(capsys, number):
+    class Freed:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    def work() -> None:
+        freed = Freed()
+        del freed
+        time.sleep(30)
+        raise AssertionError("the signal is lost")
+
+    assert ending.exit_status(work, "once more") == 128 + number
+    assert capsys.readouterr().err.endswith("; once more\n")
 
 
 def test_ignored_signal_stays_ignored():

@@ -7,6 +7,7 @@ of this package, and show where they come from.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
@@ -99,8 +100,25 @@ def default_signals(*more: int) -> Iterator[None]:
 def _signals_raised() -> Iterator[None]:
     # One that is ignored (as by nohup) stays so.
     usual = [each for each in SIGNALS if signal.getsignal(each) is signal.SIG_DFL]
-    with _handlers(dict.fromkeys(usual, _stop)):
-        yield
+    before = sys.unraisablehook
+
+    def raise_again(lost: Any) -> None:
+        """Python drops what is raised while it frees an object (in `__del__`, say)."""
+        if isinstance(lost.exc_value, _Stopped):
+            (number,) = lost.exc_value.args
+            signal.signal(number, _stop)
+        elif isinstance(lost.exc_value, KeyboardInterrupt):
+            number = signal.SIGINT
+        else:
+            return before(lost)
+        threading.Timer(0.01, _interrupt, [number, threading.get_ident()]).start()
+
+    sys.unraisablehook = raise_again
+    try:
+        with _handlers(dict.fromkeys(usual, _stop)):
+            yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextlib.contextmanager
@@ -114,6 +132,14 @@ def _handlers(handlers: dict[int, Any]) -> Iterator[None]:
     finally:
         for number, each in before.items():
             signal.signal(number, each)
+
+
+def _interrupt(number: int, main_thread: int) -> None:
+    """Sends the main thread a signal, also where it waits for something."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(main_thread, number)
+    else:  # Windows: once it has done waiting
+        _thread.interrupt_main(signal.Signals(number))
 
 
 def _stop(number: int, frame: Any) -> NoReturn:

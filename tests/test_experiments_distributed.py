@@ -206,7 +206,6 @@ def test_two_processes_of_the_docs_give_the_numbers_of_one(
     assert result.stdout.count("results, weights and plots") == 1
     for net in ("with_lbe", "without_lbe"):
         assert_same_numbers(folder, expected, net)
-    monkeypatch.setattr(data, "SOURCES", SOURCES)
     monkeypatch.setattr(plots, "draw", lambda *arguments: None)
     assert command.main(words(npz, folder, "--lbe", "--epochs", 3)) == 0
     assert_same_numbers(folder, alone("--lbe", "--epochs", 3), "with_lbe")

@@ -128,18 +128,16 @@ and the arm's learning rate. Differences are paired, with the 95 % interval of t
 def table(rows: Rows, axes: Sequence[str]) -> str:
     """A line per combination of the axes: every arm, and its gain over the first."""
     found = cells(rows, axes)
-    base, *others = (arm for arm in ARMS if any(trial.arm == arm for trial, _ in rows))
-    header = [*axes, base, *others, *(f"{arm} - {base}" for arm in others)]
+    arms = [arm for arm in ARMS if any(trial.arm == arm for trial, _ in rows)]
+    header = [*axes, *arms, *(f"{arm} - {arms[0]}" for arm in arms[1:])]
     lines = []
     for place in found:
         of_arms = found[place]
         line = [
             f"{value:g}" if not isinstance(value, str) else value for value in place
         ]
-        line += [
-            _text(of_arms[arm]) if arm in of_arms else "" for arm in (base, *others)
-        ]
-        line += [_difference(of_arms, arm, base) for arm in others]
+        line += [_text(of_arms[arm]) if arm in of_arms else "" for arm in arms]
+        line += [_difference(of_arms, arm, arms[0]) for arm in arms[1:]]
         lines.append(line)
     return f"{LEGEND}\n{markdown(header, lines)}"
 

@@ -281,6 +281,54 @@ def h17(rows: Rows) -> Verdict:
     return Verdict("H17", mean_interval(found)[0] <= 0, span(found))
 
 
+def trained_without(rows: Rows, name: str) -> Verdict:
+    """Whether all cells train without LBE."""
+    found = cells(of(rows, arm="none"), trainability.CELL)
+    counts = {
+        place: (arms["none"].trained, len(arms["none"].accuracies))
+        for place, arms in found.items()
+    }
+    text = "; ".join(
+        f"{activation} {layers}: {a}/{n}"
+        for (activation, _, layers), (a, n) in counts.items()
+    )
+    return Verdict(name, all(a >= 0.8 * n for a, n in counts.values()), text)
+
+
+def h18(rows: Rows) -> Verdict:
+    """Kernels that were made for ReLU, with other activations."""
+    return trained_without(of(rows, initializer="looks_linear"), "H18")
+
+
+def h19(rows: Rows) -> Verdict:
+    """The best of GELU's initializers against LBE."""
+    found = cells(of(rows, activation="gelu", depth=50), ("initializer",))
+    differences = paired(found["looks_linear",]["none"], found["he_normal",]["lbe"])
+    p = sign_flip(differences)
+    return Verdict("H19", mean_interval(differences)[0] > 0, span(differences), p)
+
+
+def h20(rows: Rows) -> Verdict:
+    """LBE on top of them."""
+    found = {
+        activation: gains(of(rows, activation=activation))
+        for activation in ("gelu", "silu", "sigmoid")
+    }
+    text = "; ".join(f"{name}: {span(each)}" for name, each in found.items())
+    return Verdict("H20", all(map(inside, found.values())), text)
+
+
+def h21(rows: Rows) -> Verdict:
+    """Nets of 500 layers."""
+    return trained_without(rows, "H21")
+
+
+def h22(rows: Rows) -> Verdict:
+    """LBE on top of them."""
+    found = gains(rows)
+    return Verdict("H22", inside(found), span(found))
+
+
 # What each needs: its blocks, all of whose trials must have been run.
 HYPOTHESES: dict[Callable[[Rows], Verdict], tuple[str, ...]] = {
     h0: ("shallow",),
@@ -292,6 +340,9 @@ HYPOTHESES: dict[Callable[[Rows], Verdict], tuple[str, ...]] = {
     **dict.fromkeys((h11, h12, h13), ("m5",)),
     **dict.fromkeys((h15, h16), ("m3_confirm",)),  # H14: plasticity.py
     h17: ("m7",),
+    **dict.fromkeys((h18, h20), ("m8",)),
+    h19: ("m1", "m1_claims", "m8"),
+    **dict.fromkeys((h21, h22), ("m1_500",)),
 }
 
 

@@ -47,22 +47,30 @@ def _at_the_centre(
 
 @keras.saving.register_keras_serializable(package="lbe_ops")
 class LooksLinear(keras.initializers.Initializer):
-    """Mirrored orthogonal kernels, with which a ReLU net starts as a linear map.
+    """Mirrored orthogonal kernels, with which a ReLU or GELU net starts linear.
 
     The units of a layer are pairs that see `z` and `-z`, and the next layer takes
-    `relu(z) - relu(-z) = z` from them: with a semi-orthogonal matrix A, the first
-    kernel is `[A, -A]` and every later one `[[A, -A], [-A, A]]`. However deep, the
-    net starts as an isometry, neither signals nor gradients vanish, explode or become
-    alike, and the pairs part as soon as it trains. Convolutions have it at the centre
-    of their kernel and zeros around that.
+    `f(z) - f(-z)` from them, of the activation f: with a semi-orthogonal matrix A, the
+    first kernel is `gain * [A, -A]` and every later one `gain * [[A, -A], [-A, A]]`.
+    The pairs part as soon as the net trains. Convolutions have A at the centre of their
+    kernel and zeros around that.
+
+    Of relu, gelu, silu and softplus that difference is z itself: however deep, the net
+    starts as an isometry, neither signals nor gradients vanish, explode or become
+    alike. The same is so for leaky_relu with `gain=1 / (1 + slope)`. Of sigmoid it is
+    `tanh(z / 2)`: with a gain of 2 or a little more, the net starts as an orthogonal
+    tanh net. `critical_gain(activation, pairs=True)` is the gain of any activation;
+    tanh itself needs no pairs. How deep such nets were trained: docs/map.md.
 
     Args:
         first: whether the layer's input is not made of such pairs.
         seed: of the orthogonal matrix; equal seeds give equal kernels. None draws
             another one each time, from what `keras.utils.set_random_seed` has set.
+        gain: what the kernel is multiplied by, a finite number.
 
     Raises:
-        ValueError: units (or, but for the first layer, inputs) are odd in number.
+        ValueError: units (or, but for the first layer, inputs) are odd in number; the
+            gain is not finite.
 
     Example:
 
@@ -71,12 +79,18 @@ class LooksLinear(keras.initializers.Initializer):
     True
 
     Source: Balduzzi et al., "The Shattered Gradients Problem", ICML 2017
-    (arXiv 1702.08591), section 4.
+    (arXiv 1702.08591), section 4, for relu. That it works for the others follows from
+    `s(z) + s(-z) = 1` of the factor s in `z * s(z)`: the normal distribution function
+    of gelu, the sigmoid of silu.
     """
 
-    def __init__(self, first: bool = False, seed: int | None = None) -> None:
+    def __init__(
+        self, first: bool = False, seed: int | None = None, gain: float = 1.0
+    ) -> None:
+        check_finite("gain", gain)
         self.first = first
         self.seed = seed
+        self.gain = float(gain)
 
     def __call__(self, shape: tuple[int, ...], dtype: str | None = None) -> object:
         inputs, units = shape[-2:]
@@ -86,15 +100,15 @@ class LooksLinear(keras.initializers.Initializer):
                 f"Received: a kernel of shape {tuple(shape)}"
             )
         rows = inputs if self.first else inputs // 2
-        matrix = _orthogonal(rows, units // 2, _generator(self.seed))
+        matrix = self.gain * _orthogonal(rows, units // 2, _generator(self.seed))
         matrix = np.concatenate([matrix, -matrix], axis=1)
         if not self.first:
             matrix = np.concatenate([matrix, -matrix])
         return _at_the_centre(matrix, shape, dtype)
 
     def get_config(self) -> dict[str, object]:
-        """Whether it is for a first layer, and the seed."""
-        return {"first": self.first, "seed": self.seed}
+        """Whether it is for a first layer, the seed, and the gain."""
+        return {"first": self.first, "seed": self.seed, "gain": self.gain}
 
 
 @keras.saving.register_keras_serializable(package="lbe_ops")
@@ -149,7 +163,9 @@ class DeltaOrthogonal(keras.initializers.Initializer):
         return {"gain": self.gain, "seed": self.seed}
 
 
-def critical_gain(activation: str | Callable[[Any], Any] | None) -> float:
+def critical_gain(
+    activation: str | Callable[[Any], Any] | None, pairs: bool = False
+) -> float:
     """The gain of orthogonal kernels with which a deep plain net keeps its signal.
 
     It is meant for nets with zero biases whose input has a second moment of about 1,
@@ -166,11 +182,15 @@ def critical_gain(activation: str | Callable[[Any], Any] | None) -> float:
     not the edge of chaos: nets of selu (1, by its design) and elu return to that scale;
     those of gelu and silu leave it, since an error in the second moment grows by 14 and
     17 % a layer: with gelu all of eight nets of 50 layers trained, of 100 layers none
-    (docs/map.md); with sigmoid it is kept while all samples soon look alike.
+    (docs/map.md); with sigmoid it is kept while all samples soon look alike. For these
+    three `LooksLinear` does better.
 
     Args:
         activation: as for a layer of Keras: a name, a function or None (linear). A
             function of your own takes a float64 tensor, and works element by element.
+        pairs: whether to return the gain of `LooksLinear`: that of the difference
+            `activation(z) - activation(-z)`. It is 1 for relu, gelu, silu and
+            softplus, 2 for sigmoid.
 
     Returns:
         The gain, > 0. A numerical integral: relative error 1e-8 where the activation
@@ -191,7 +211,8 @@ def critical_gain(activation: str | Callable[[Any], Any] | None) -> float:
     function = keras.activations.get(activation)
 
     def values(z: np.ndarray) -> np.ndarray:
-        y = function(keras.ops.convert_to_tensor(z, "float64"))
+        x = keras.ops.convert_to_tensor(z, "float64")
+        y = function(x) - function(-x) if pairs else function(x)
         return np.asarray(keras.ops.convert_to_numpy(y), np.float64)
 
     # Not Gauss-Hermite, which is slow to converge for functions with kinks.
@@ -216,7 +237,8 @@ def critical_gain(activation: str | Callable[[Any], Any] | None) -> float:
         steps = np.array([1e-5, 2e-5])
         once, twice = values(steps) / steps
         slope = round(float(abs(2 * once - twice)), 9)
-        if slope**2 > moment:
+        # Of a linear function both say the same, and the slope says it exactly.
+        if slope**2 > (1 - 1e-9) * moment:
             return 1 / slope
     return 1 / math.sqrt(moment)
 

@@ -39,8 +39,9 @@ def test_examples_in_docstrings():
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(("inputs", "units"), [(6, 10), (10, 6), (8, 8)])
 def test_looks_linear_kernels_are_mirrored_and_orthogonal(first, inputs, units):
-    kernel = np.array(LooksLinear(first=first, seed=3)((inputs, units), "float64"))
-    left, right = np.split(kernel, 2, axis=1)
+    initializer = LooksLinear(first=first, seed=3, gain=1.5)
+    kernel = np.array(initializer((inputs, units), "float64"))
+    left, right = np.split(kernel / 1.5, 2, axis=1)
     np.testing.assert_array_equal(left, -right)
     if not first:
         upper, lower = np.split(left, 2)
@@ -48,14 +49,52 @@ def test_looks_linear_kernels_are_mirrored_and_orthogonal(first, inputs, units):
         left = upper
     small = left if left.shape[0] < left.shape[1] else left.T
     np.testing.assert_allclose(small @ small.T, np.eye(len(small)), atol=1e-12)
-    again = LooksLinear.from_config(LooksLinear(first=first, seed=3).get_config())
+    again = LooksLinear.from_config(initializer.get_config())
     np.testing.assert_array_equal(again((inputs, units), "float64"), kernel)
 
 
-def test_looks_linear_needs_pairs():
+def test_looks_linear_refuses_what_it_cannot_make():
     for first, shape in ((True, (4, 3)), (False, (3, 4))):
         with pytest.raises(ValueError, match=r"must be even. Received: a kernel of"):
             LooksLinear(first=first)(shape)
+    with pytest.raises(ValueError, match=r"gain must be a finite number. Received: "):
+        LooksLinear(gain=math.inf)
+
+
+def looks_linear_net(activation, gain, depth=100, seed=0):
+    """A net, and what the pairs of its last layer make of samples, beside these."""
+    net = keras.Sequential([keras.Input((4,), dtype="float64")])
+    for number in range(depth):
+        kernel = LooksLinear(first=number == 0, seed=seed + number, gain=gain)
+        arguments = {"kernel_initializer": kernel, "dtype": "float64"}
+        net.add(layers.Dense(8, activation, **arguments))
+    x = samples(6, 4, dtype=np.float64)
+    positive, negative = np.split(np.array(net(x)), 2, axis=1)
+    return x, positive - negative
+
+
+def leaky(z):
+    return keras.ops.leaky_relu(z, 0.25)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "softplus", leaky])
+def test_a_deep_looks_linear_net_is_an_isometry(activation):
+    """Up to the activations in float64, which gelu's error function is not quite."""
+    gain = critical_gain(activation, pairs=True)
+    assert gain == pytest.approx(1 if activation is not leaky else 0.8, rel=1e-8)
+    x, y = looks_linear_net(activation, gain)
+    np.testing.assert_allclose(y @ y.T, x @ x.T, rtol=1e-5, atol=1e-5)
+
+
+def test_looks_linear_makes_a_tanh_net_of_sigmoid():
+    gain = critical_gain("sigmoid", pairs=True)
+    assert gain == pytest.approx(2, rel=1e-8)
+    x, y = looks_linear_net("sigmoid", gain, depth=20)
+    h = x
+    for number in range(20):
+        matrix = LooksLinear(first=True, seed=number)((4, 8), "float64")[:, :4]
+        h = np.tanh(h @ np.array(matrix))
+    np.testing.assert_allclose(y, h, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("channels", [(3, 3), (3, 8), (8, 3)])
@@ -117,7 +156,7 @@ def test_delta_orthogonal_refuses_what_it_cannot_make():
 
 
 def test_files_with_the_initializers_load(tmp_path):
-    """Also those that name the module in which LooksLinear once was."""
+    """Also those of LooksLinear from its former module, when it had no gain."""
     net = keras.Sequential(
         [
             keras.Input((5, 2)),
@@ -139,6 +178,8 @@ def test_files_with_the_initializers_load(tmp_path):
                     '"lbe_ops.initializers", "class_name": "Looks',
                     '"lbe_ops.experiments.looks_linear", "class_name": "Looks',
                 )
+                assert text.count(', "gain": 1.0') == 1
+                text = text.replace(', "gain": 1.0', "")
                 content = json.dumps(json.loads(text))
             old.writestr(name, content)
     x = samples(3, 5, 2)
@@ -147,6 +188,7 @@ def test_files_with_the_initializers_load(tmp_path):
         assert again.layers[1].kernel_initializer.get_config() == {
             "first": False,
             "seed": 7,
+            "gain": 1.0,
         }
         assert again.layers[0].kernel_initializer.gain == 1.2
         np.testing.assert_array_equal(again(x), net(x))
@@ -208,6 +250,22 @@ def test_gain_keeps_the_second_moment(name):
 )
 def test_gain_of_known_functions(activation, expected):
     assert critical_gain(activation) == pytest.approx(expected, rel=2e-7)
+
+
+@pytest.mark.parametrize(
+    ("activation", "expected"),
+    [
+        *((name, 1) for name in ("relu", "gelu", "silu", "softplus")),
+        *((name, 0.5) for name in (None, "tanh", "elu")),
+        ("sigmoid", 2),
+        ("hard_sigmoid", 3),
+        (layers.LeakyReLU(negative_slope=0.5), 1 / 1.5),
+    ],
+)
+def test_gain_of_pairs(activation, expected):
+    assert critical_gain(activation, pairs=True) == pytest.approx(expected, rel=1e-8)
+    # Nets of ReLU from such kernels keep the bits that they have without a gain.
+    assert critical_gain("relu", pairs=True) == 1
 
 
 def second_moments(name, depth, start=1.0, factor=1.0):

@@ -86,6 +86,20 @@ def _scales(**axes: Any) -> list[Trial]:
     )
 
 
+def _mirrored(*activations: str, **axes: Any) -> list[Trial]:
+    """From `looks_linear`; of sigmoid, a little above the gain that keeps the scale."""
+    return [
+        trial
+        for activation in activations
+        for trial in grid(
+            activation=activation,
+            initializer="looks_linear",
+            gain=1.1 if activation == "sigmoid" else 1.0,
+            **axes,
+        )
+    ]
+
+
 ANCHORS = (("relu", "glorot_uniform"), ("relu", "he_normal"), ("gelu", "he_normal"))
 
 
@@ -98,6 +112,13 @@ DEEP = (
 )
 
 BOTH = ("none", "lbe")
+FASTER: dict[str, Any] = {"learning_rate": (3e-4, 1e-3), "arm": BOTH}
+VERY_DEEP: dict[str, Any] = {
+    "depth": 500,
+    "learning_rate": (1e-4, 3e-4),
+    "arm": BOTH,
+    "seed": (1, 2, 3),
+}
 BLOCKS: dict[str, Callable[[], list[Trial]]] = {
     # Mechanics alone, for tests.
     "smoke": lambda: grid(
@@ -146,9 +167,11 @@ BLOCKS: dict[str, Callable[[], list[Trial]]] = {
     "m1_200": lambda: _of(
         DEEP, depth=200, learning_rate=(1e-4, 3e-4), arm=BOTH, seed=(1, 2, 3)
     ),
-    "m1_500": lambda: _of(
-        DEEP, depth=500, learning_rate=(1e-4, 3e-4), arm=BOTH, seed=(1, 2, 3)
-    ),
+    # Deeper still, from what trains at 200.
+    "m1_500": lambda: [
+        *_mirrored("relu", "gelu", "sigmoid", **VERY_DEEP),
+        *grid(activation="tanh", initializer="critical_orthogonal", **VERY_DEEP),
+    ],
     "m2": lambda: _scales(
         depth=(30, 100, 200), learning_rate=1e-3, arm=BOTH, seed=range(1, 9)
     ),
@@ -210,6 +233,11 @@ BLOCKS: dict[str, Callable[[], list[Trial]]] = {
         seed=(1, 2, 3),
         steps=300,
     ),
+    # Kernels that were made for ReLU, with other activations.
+    "m8": lambda: [
+        *_mirrored("gelu", "silu", "sigmoid", depth=50, seed=range(1, 9), **FASTER),
+        *_mirrored("gelu", "silu", "sigmoid", depth=200, seed=(1, 2, 3), **FASTER),
+    ],
 }
 
 
@@ -301,6 +329,7 @@ REPORTS: dict[str, tuple[tuple[str, ...], tuple[str, str, str] | None]] = {
     "m4": ((*CELL, "learning_rate"), ("initializer", "learning_rate", "activation")),
     "m5": (("model", "norm", *CELL), None),
     "m7": (("model", "norm", *CELL), None),
+    "m8": (CELL, None),
 }
 
 

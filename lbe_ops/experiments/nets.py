@@ -367,7 +367,7 @@ def initializer(
         seed: of its kernel.
     """
     if name == settings_module.LOOKS_LINEAR:
-        return LooksLinear(first=number == 1, seed=seed)
+        return LooksLinear(number == 1, seed, critical_gain(activation, pairs=True))
     if name == settings_module.CRITICAL_ORTHOGONAL:
         return DeltaOrthogonal(critical_gain(activation), seed)
     if name == settings_module.LSUV:

@@ -49,19 +49,20 @@ ROWS = 20
 FINE = "fine"
 REMEDIES = {
     "scale gone": (
-        "Start from an initializer of the right gain: he_normal for relu, lecun_normal "
-        "for selu, Orthogonal(gain=1) with zero biases for tanh, and for gelu "
-        "Orthogonal(lbe_ops.initializers.critical_gain('gelu')), up to 50 layers. Or "
-        "train with LBE, where weights cannot be made anew or no gain is known: "
-        "lbe_ops.add_lbe. Neither has trained sigmoid beyond some layers: take another "
-        "activation."
+        "Start from kernels of the right gain: looks-linear ones "
+        "(lbe_ops.initializers.LooksLinear) for relu, gelu and silu, and with "
+        "gain=2.2 for sigmoid; Orthogonal(gain=1) with zero biases for tanh, "
+        "lecun_normal for selu. Or train with LBE (lbe_ops.add_lbe), where weights "
+        "cannot be made anew or no gain is known: it has trained gelu and relu of 50 "
+        "layers, but not sigmoid."
     ),
     "rank gone": (
         "All samples have become multiples of one direction, which no gain of an "
-        "initializer cures, and an entropy does not show. For relu start looks-linear "
-        "(lbe_ops.initializers.LooksLinear), for tanh from orthogonal kernels at the "
-        "critical gain 1 with zero biases; or add skip connections, or normalization. "
-        "LBE (lbe_ops.add_lbe) helps gelu, and relu a little."
+        "initializer cures, and an entropy does not show. For relu, gelu and silu "
+        "start looks-linear (lbe_ops.initializers.LooksLinear), for tanh from "
+        "orthogonal kernels at the critical gain 1 with zero biases; or add skip "
+        "connections, or normalization. LBE (lbe_ops.add_lbe) helps gelu, and relu a "
+        "little."
     ),
     "exploding": (
         "Take a smaller gain of the initializer (for tanh: orthogonal, gain 1; for "

@@ -173,7 +173,7 @@ BLOCKS: dict[str, Callable[[], list[Trial]]] = {
         *grid(activation="tanh", initializer="critical_orthogonal", **VERY_DEEP),
     ],
     "m2": lambda: _scales(
-        depth=(30, 100, 200), learning_rate=1e-3, arm=BOTH, seed=range(1, 9)
+        depth=(30, 100), learning_rate=1e-3, arm=BOTH, seed=range(1, 9)
     ),
     "m3": lambda: _of(
         ANCHORS, depth=100, learning_rate=1e-3, arm=ARMS, seed=range(1, 9)
@@ -188,11 +188,11 @@ BLOCKS: dict[str, Callable[[], list[Trial]]] = {
     ),
     "m4": lambda: grid(
         activation="relu",
-        initializer=INITIALIZERS["relu"],
+        initializer=("glorot_uniform", "he_normal", "looks_linear"),
         depth=100,
         learning_rate=[10 ** (half / 2) for half in range(-10, -3)],
         arm=BOTH,
-        seed=range(1, 6),
+        seed=(1, 2, 3),
     ),
     # Other nets: residual ones with and without normalization, convolutions.
     "m5": lambda: [
@@ -323,6 +323,8 @@ def _run_block(
 CELL = ("activation", "initializer", "depth")
 REPORTS: dict[str, tuple[tuple[str, ...], tuple[str, str, str] | None]] = {
     "m0": (CELL, None),
+    "m1_200": (CELL, None),
+    "m1_500": (CELL, None),
     "m2": (("depth", "gain"), ("depth", "gain", "activation")),
     "m3": (CELL, None),
     "m3_confirm": (CELL, None),

@@ -297,12 +297,13 @@ def trained_without(rows: Rows, name: str) -> Verdict:
 
 def h18(rows: Rows) -> Verdict:
     """Kernels that were made for ReLU, with other activations."""
-    return trained_without(of(rows, initializer="looks_linear"), "H18")
+    return trained_without(of(rows, model="dense"), "H18")
 
 
 def h19(rows: Rows) -> Verdict:
     """The best of GELU's initializers against LBE."""
-    found = cells(of(rows, activation="gelu", depth=50), ("initializer",))
+    rows = of(rows, activation="gelu", depth=50, model="dense")
+    found = cells(rows, ("initializer",))
     differences = paired(found["looks_linear",]["none"], found["he_normal",]["lbe"])
     p = sign_flip(differences)
     return Verdict("H19", mean_interval(differences)[0] > 0, span(differences), p)
@@ -329,6 +330,11 @@ def h22(rows: Rows) -> Verdict:
     return Verdict("H22", inside(found), span(found))
 
 
+def h23(rows: Rows) -> Verdict:
+    """Convolutions."""
+    return trained_without(of(rows, model="conv"), "H23")
+
+
 # What each needs: its blocks, all of whose trials must have been run.
 HYPOTHESES: dict[Callable[[Rows], Verdict], tuple[str, ...]] = {
     h0: ("shallow",),
@@ -340,9 +346,11 @@ HYPOTHESES: dict[Callable[[Rows], Verdict], tuple[str, ...]] = {
     **dict.fromkeys((h11, h12, h13), ("m5",)),
     **dict.fromkeys((h15, h16), ("m3_confirm",)),  # H14: plasticity.py
     h17: ("m7",),
-    **dict.fromkeys((h18, h20), ("m8",)),
+    h18: ("m8",),
     h19: ("m1", "m1_claims", "m8"),
+    h20: ("m8",),
     **dict.fromkeys((h21, h22), ("m1_500",)),
+    h23: ("m8",),
 }
 
 

@@ -113,6 +113,12 @@ DEEP = (
 
 BOTH = ("none", "lbe")
 FASTER: dict[str, Any] = {"learning_rate": (3e-4, 1e-3), "arm": BOTH}
+CONV: dict[str, Any] = {
+    "model": "conv",
+    "width": 16,
+    "learning_rate": 1e-3,
+    "steps": 600,
+}
 VERY_DEEP: dict[str, Any] = {
     "depth": 500,
     "learning_rate": (1e-4, 3e-4),
@@ -207,15 +213,12 @@ BLOCKS: dict[str, Callable[[], list[Trial]]] = {
             seed=(1, 2, 3),
         ),
         *grid(
-            model="conv",
-            width=16,
             activation=("relu", "gelu"),
             initializer=("glorot_uniform", "he_normal", "lsuv"),
             depth=(20, 50),
-            learning_rate=1e-3,
             arm=BOTH,
             seed=(1, 2, 3),
-            steps=600,
+            **CONV,
         ),
     ],
     # Transformers with and without normalization: what pre-LN is for.
@@ -237,6 +240,7 @@ BLOCKS: dict[str, Callable[[], list[Trial]]] = {
     "m8": lambda: [
         *_mirrored("gelu", "silu", "sigmoid", depth=50, seed=range(1, 9), **FASTER),
         *_mirrored("gelu", "silu", "sigmoid", depth=200, seed=(1, 2, 3), **FASTER),
+        *_mirrored("gelu", depth=50, seed=(1, 2, 3), arm="none", **CONV),
     ],
 }
 
@@ -331,7 +335,7 @@ REPORTS: dict[str, tuple[tuple[str, ...], tuple[str, str, str] | None]] = {
     "m4": ((*CELL, "learning_rate"), ("initializer", "learning_rate", "activation")),
     "m5": (("model", "norm", *CELL), None),
     "m7": (("model", "norm", *CELL), None),
-    "m8": (CELL, None),
+    "m8": (("model", *CELL), None),
 }
 
 

@@ -228,8 +228,9 @@ def critical_gain(
         )
     moment = float(np.sum(np.tile(0.25 * weights, len(middles)) * density * y**2))
     if not 0 < moment < math.inf:
+        what = "(activation(z) - activation(-z))" if pairs else "activation(z)"
         raise ValueError(
-            "The gain is the inverse of the root of E[activation(z)**2], which must be "
+            f"The gain is the inverse of the root of E[{what}**2], which must be "
             f"finite and > 0. Received: {moment} for activation={activation!r}"
         )
     if np.max(np.abs(y + y[::-1])) < 1e-6 * np.max(np.abs(y)):

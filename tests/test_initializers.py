@@ -305,6 +305,8 @@ def test_gain_needs_functions_of_one_element(activation):
 def test_gain_needs_a_moment(function):
     with pytest.raises(ValueError, match=r"finite and > 0. Received: (0.0|nan) for"):
         critical_gain(function)
+    with pytest.raises(ValueError, match=r"activation\(-z\)\)\*\*2.*Received: 0.0 for"):
+        critical_gain(tf.abs, pairs=True)
 
 
 # LSUV

@@ -335,6 +335,11 @@ def h23(rows: Rows) -> Verdict:
     return trained_without(of(rows, model="conv"), "H23")
 
 
+def h24(rows: Rows) -> Verdict:
+    """Sigmoid at lower rates."""
+    return trained_without(rows, "H24")
+
+
 # What each needs: its blocks, all of whose trials must have been run.
 HYPOTHESES: dict[Callable[[Rows], Verdict], tuple[str, ...]] = {
     h0: ("shallow",),
@@ -351,6 +356,7 @@ HYPOTHESES: dict[Callable[[Rows], Verdict], tuple[str, ...]] = {
     h20: ("m8",),
     **dict.fromkeys((h21, h22), ("m1_500",)),
     h23: ("m8",),
+    h24: ("m8_sigmoid",),
 }
 
 

@@ -242,6 +242,14 @@ BLOCKS: dict[str, Callable[[], list[Trial]]] = {
         *_mirrored("gelu", "silu", "sigmoid", depth=200, seed=(1, 2, 3), **FASTER),
         *_mirrored("gelu", depth=50, seed=(1, 2, 3), arm="none", **CONV),
     ],
+    # Those of sigmoid that did not train in m8 and m1_500, at lower rates.
+    "m8_sigmoid": lambda: [
+        trial
+        for depth, rate in ((200, 1e-4), (500, 3e-5))
+        for trial in _mirrored(
+            "sigmoid", depth=depth, learning_rate=rate, arm=BOTH, seed=(1, 2, 3)
+        )
+    ],
 }
 
 
@@ -336,6 +344,7 @@ REPORTS: dict[str, tuple[tuple[str, ...], tuple[str, str, str] | None]] = {
     "m5": (("model", "norm", *CELL), None),
     "m7": (("model", "norm", *CELL), None),
     "m8": (("model", *CELL), None),
+    "m8_sigmoid": (CELL, None),
 }
 
 

@@ -79,9 +79,9 @@ class LooksLinear(keras.initializers.Initializer):
     True
 
     Source: Balduzzi et al., "The Shattered Gradients Problem", ICML 2017
-    (arXiv 1702.08591), section 4, for relu. That it works for the others follows from
-    `s(z) + s(-z) = 1` of the factor s in `z * s(z)`: the normal distribution function
-    of gelu, the sigmoid of silu.
+    (arXiv 1702.08591), section 4, for relu. Of gelu and silu `f(z) - f(-z) = z` (as
+    noted by J. Su, kexue.fm, 16 August 2025), since they are `z * s(z)` with
+    `s(z) + s(-z) = 1`.
     """
 
     def __init__(

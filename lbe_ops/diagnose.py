@@ -53,16 +53,16 @@ REMEDIES = {
         "(lbe_ops.initializers.LooksLinear) for relu, gelu and silu, and with "
         "gain=2.2 for sigmoid; Orthogonal(gain=1) with zero biases for tanh, "
         "lecun_normal for selu. Or train with LBE (lbe_ops.add_lbe), where weights "
-        "cannot be made anew or no gain is known: it has trained gelu and relu of 50 "
-        "layers, but not sigmoid."
+        "cannot be made anew or no gain is known: it has trained most gelu and relu "
+        "nets of 50 layers, but none of sigmoid."
     ),
     "rank gone": (
         "All samples have become multiples of one direction, which no gain of an "
         "initializer cures, and an entropy does not show. For relu, gelu and silu "
         "start looks-linear (lbe_ops.initializers.LooksLinear), for tanh from "
         "orthogonal kernels at the critical gain 1 with zero biases; or add skip "
-        "connections, or normalization. LBE (lbe_ops.add_lbe) helps gelu, and relu a "
-        "little."
+        "connections, or normalization. LBE (lbe_ops.add_lbe) helps relu a little, and "
+        "gelu without training it in full."
     ),
     "exploding": (
         "Take a smaller gain of the initializer (for tanh: orthogonal, gain 1; for "

@@ -56,9 +56,11 @@ class LooksLinear(keras.initializers.Initializer):
     kernel and zeros around that.
 
     Of relu, gelu, silu and softplus that difference is z itself: however deep, the net
-    starts as an isometry, neither signals nor gradients vanish, explode or become
-    alike. The same is so for leaky_relu with `gain=1 / (1 + slope)`. Of sigmoid it is
-    `tanh(z / 2)`: with a gain of 2 or a little more, the net starts as an orthogonal
+    starts as a linear map, in which neither signals nor gradients vanish, explode or
+    become alike; an isometry where no layer has fewer pairs than it has inputs (the
+    first) or than the layer before. Biases must be zero. The same is so for leaky_relu
+    with `gain=1 / (1 + slope)`. Of sigmoid it is `tanh(z / 2)`: with a gain of 2, the
+    edge below which signals die out, or rather 2.2, the net starts as an orthogonal
     tanh net. `critical_gain(activation, pairs=True)` is the gain of any activation;
     tanh itself needs no pairs. How deep such nets were trained: docs/map.md.
 

@@ -133,9 +133,7 @@ def table(rows: Rows, axes: Sequence[str]) -> str:
     lines = []
     for place in found:
         of_arms = found[place]
-        line = [
-            f"{value:g}" if not isinstance(value, str) else value for value in place
-        ]
+        line = [_value(value) for value in place]
         line += [_text(of_arms[arm]) if arm in of_arms else "" for arm in arms]
         line += [_difference(of_arms, arm, arms[0]) for arm in arms[1:]]
         lines.append(line)
@@ -167,6 +165,15 @@ def measurements(rows: Rows, axes: Sequence[str]) -> str:
         ]
         lines.append([*map(str, place), *(f"{value:.2g}" for value in values)])
     return markdown(header, lines)
+
+
+def _value(value: str | float) -> str:
+    """A place on an axis; of learning rates, which are small, one digit."""
+    if isinstance(value, str):
+        return value
+    if 0 < value < 0.1:
+        return f"{value:.0e}".replace("e-0", "e-")
+    return f"{value:g}"
 
 
 def _text(cell: Cell) -> str:
@@ -232,7 +239,7 @@ def draw(rows: Rows, path: pathlib.Path, y: str, x: str, panel: str) -> None:
                 else {"vmin": 0, "vmax": 1, "cmap": "viridis"}
             )
             images.append(one.imshow(values[column], aspect="auto", **limits))
-            one.set_xticks(range(len(xs)), [f"{each:g}" for each in xs])
+            one.set_xticks(range(len(xs)), [_value(each) for each in xs])
             one.set_yticks(range(len(ys)), [str(each) for each in ys])
             if column:
                 one.set_yticklabels([])

@@ -95,6 +95,12 @@ def inside(values: list[float]) -> bool:
     return low >= -MARGIN and high <= MARGIN
 
 
+def unchanged(name: str, found: dict[str, list[float]]) -> Verdict:
+    """Whether the differences of all places lie within the margin."""
+    text = "; ".join(f"{place}: {span(each)}" for place, each in found.items())
+    return Verdict(name, all(map(inside, found.values())), text)
+
+
 def h0(rows: Rows) -> Verdict:
     """Shallow nets."""
     by_activation = {
@@ -181,8 +187,7 @@ def h5(rows: Rows) -> Verdict:
         for activation, initializer in pairs
         for layers in (10, 20, 50, 100)
     }
-    text = "; ".join(f"{name}: {span(each)}" for name, each in found.items())
-    return Verdict("H5", all(map(inside, found.values())), text)
+    return unchanged("H5", found)
 
 
 def h6(rows: Rows) -> Verdict:
@@ -315,8 +320,7 @@ def h20(rows: Rows) -> Verdict:
         activation: gains(of(rows, activation=activation))
         for activation in ("gelu", "silu", "sigmoid")
     }
-    text = "; ".join(f"{name}: {span(each)}" for name, each in found.items())
-    return Verdict("H20", all(map(inside, found.values())), text)
+    return unchanged("H20", found)
 
 
 def h21(rows: Rows) -> Verdict:

@@ -20,6 +20,7 @@ the activation, and LBE on what comes out of that.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,9 @@ from lbe_ops.model import LBEModel
 from lbe_ops.regularizer import LBERegularizer
 
 HIDDEN, WEIGHTS = "hidden_", "weights_"
+
+# One integral for a net, not one for each of its layers.
+_gain = functools.cache(critical_gain)
 
 
 def build(
@@ -367,9 +371,9 @@ def initializer(
         seed: of its kernel.
     """
     if name == settings_module.LOOKS_LINEAR:
-        return LooksLinear(number == 1, seed, critical_gain(activation, pairs=True))
+        return LooksLinear(number == 1, seed, _gain(activation, pairs=True))
     if name == settings_module.CRITICAL_ORTHOGONAL:
-        return DeltaOrthogonal(critical_gain(activation), seed)
+        return DeltaOrthogonal(_gain(activation), seed)
     if name == settings_module.LSUV:
         return DeltaOrthogonal(seed=seed)  # and `scale_layers` when all are built
     found = keras.initializers.get(name)

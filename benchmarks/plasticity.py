@@ -7,7 +7,8 @@ A net of 6 ReLU layers learns random labels of the same images, then others, and
 nets lose their plasticity so (Lyle et al., arXiv 2303.01486). The arms begin with the
 same weights, labels and order of samples: without anything, with LBE, with weights that
 are drawn to where they began (Kumar et al., arXiv 2308.11958), and with
-LayerNormalization. A line per task goes to DIR/m6.csv, and a table to DIR/m6.md.
+LayerNormalization. A line per task goes to DIR/m6.csv, and a table to DIR/m6.md. The
+file is written after each net; the same command goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -150,6 +151,18 @@ def table(rows: Rows) -> str:
     return f"{markdown(header, lines)}\nH14 {verdict}.\n"
 
 
+def read(path: pathlib.Path) -> Rows:
+    """The nets that are in the CSV file already, for a run that goes on."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [
+            {"arm": row["arm"], "seed": int(row["seed"]), "task": int(row["task"])}
+            | {name: float(row[name]) for name in MEASURES}
+            for row in csv.DictReader(file)
+        ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path)
@@ -158,21 +171,32 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40, help="of each task")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    path = arguments.folder / "m6.csv"
+    rows = read(path)
+    if rows and (tasks := 1 + max(row["task"] for row in rows)) != arguments.tasks:
+        parser.error(f"{path} has {tasks} tasks of a net, not {arguments.tasks}")
+    done = {(row["arm"], row["seed"]) for row in rows}
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.processes, spawn) as pool:
         jobs = [
             pool.submit(train, arm, seed, arguments.tasks, arguments.epochs)
             for seed in range(1, arguments.seeds + 1)
             for arm in ARMS
+            if (arm, seed) not in done
         ]
-        rows = [row for job in jobs for row in job.result()]
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    path = arguments.folder / "m6.csv"
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(row | {name: f"{row[name]:.6g}" for name in MEASURES})
+        for number, job in enumerate(concurrent.futures.as_completed(jobs), 1):
+            rows = sorted(
+                rows + job.result(),
+                key=lambda row: (row["seed"], ARMS.index(row["arm"]), row["task"]),
+            )
+            with replacing(path) as temporary, temporary.open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+                writer.writeheader()
+                for row in rows:
+                    measured = {name: f"{row[name]:.6g}" for name in MEASURES}
+                    writer.writerow(row | measured)
+            print(f"{number} of {len(jobs)} nets", flush=True)
     text = table(rows)
     with replacing(path.with_suffix(".md")) as temporary:
         temporary.write_text(text)

@@ -86,6 +86,11 @@ class Cell:
         """The mean final validation accuracy."""
         return float(np.mean(list(self.accuracies.values())))
 
+    @property
+    def trains(self) -> bool:
+        """Whether at least 80 % of the seeds were trained."""
+        return self.trained >= 0.8 * len(self.accuracies)
+
 
 def cells(rows: Rows, axes: Iterable[str]) -> dict[tuple, dict[str, Cell]]:
     """For each combination of the axes, a cell for each arm."""
@@ -206,9 +211,8 @@ def trainable_depths(rows: Rows, chosen: Callable[[Trial], bool]) -> dict[str, i
     )
     depths: dict[str, int] = {}
     for (activation, _, arm, depth), arms in found.items():
-        cell = arms[arm]
         depths.setdefault(activation, 0)
-        if cell.trained >= 0.8 * len(cell.accuracies):
+        if arms[arm].trains:
             depths[activation] = max(depths[activation], depth)
     return depths
 

@@ -8,6 +8,8 @@ import dataclasses
 import importlib.util
 import itertools
 import pathlib
+import subprocess
+import sys
 from collections.abc import Callable
 
 import keras
@@ -464,3 +466,43 @@ def test_a_prediction_is_made_without_the_activation_it_is_for():
         for t, o in rows
     ]
     assert map_report.prediction(opposite, "gelu")["auc"] < 0.03
+
+
+@pytest.mark.long
+def test_plasticity_goes_on_where_it_was(tmp_path):
+    path = tmp_path / "m6.csv"
+    done = [
+        f"{arm},{seed},{task},0.{seed}5,5,0.25\n"
+        for seed in (1, 2)
+        for arm in ("none", "lbe", "l2_to_init", "layer_norm")
+        for task in (0, 1)
+    ]
+    missing = done[-6:-4]  # those of LBE, seed 2
+    header = "arm,seed,task,accuracy,effective_rank,dead_share\n"
+    path.write_text(header + "".join(x for x in done if x not in missing))
+    script = RESULTS.parents[1] / "plasticity.py"
+
+    def run(tasks: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, script, tmp_path, "--seeds", "2", "--epochs", "1"]
+        command += ["--processes", "1", "--tasks", str(tasks)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    first = run(tasks=2)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("1 of 1 nets\n")
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + len(done)
+    new = lines[1 + done.index(missing[0]) :][:2]
+    assert [line for line in lines[1:] if line not in new] == [
+        line for line in done if line not in missing
+    ]
+    for line, expected in zip(new, missing, strict=True):
+        assert line.startswith(expected[:8]) and 0 < float(line.split(",")[3]) < 1
+    text = (tmp_path / "m6.md").read_text()
+    assert "H14 is **refuted**." in text
+    # All is there: the same again. Nets of another number of tasks are no part of it.
+    assert run(tasks=2).stdout == text
+    other = run(tasks=3)
+    assert other.returncode == 2
+    assert f"{path} has 2 tasks of a net, not 3" in other.stderr
+    assert path.read_text() == "".join(lines)

@@ -264,7 +264,7 @@ def left_to_long(values, which):
 # A training of `lbe-ops train` on the fixture `npz`.
 TINY = (
     "--depth 2 --width 8 --epochs 3 --batch-size 64 --learning-rate 0.01 "
-    "--schedule constant --initializer glorot_uniform"
+    "--schedule constant --activation relu --initializer glorot_uniform"
 )
 
 

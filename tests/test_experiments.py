@@ -334,7 +334,8 @@ def test_convolutions_need_images():
 
 @pytest.mark.parametrize("lbe", [False, True])
 def test_entropies_over_depth(lbe):
-    net = nets.build(Settings(depth=3, width=4), (2, 2, 1), 3, lbe=lbe)
+    settings = Settings(depth=3, width=4, activation="relu")
+    net = nets.build(settings, (2, 2, 1), 3, lbe=lbe)
     x = np.random.default_rng(0).random((16, 2, 2, 1), np.float32)
     expected, y = [], x.reshape(16, 4).astype(np.float64)
     for number in (1, 2, 3):
@@ -407,7 +408,7 @@ def entropy(x: np.ndarray) -> float:
     return np.mean(np.log(np.pi * np.e * x.var(axis=0) + 1) / 2)
 
 
-SMALL = {"width": 8, "initializer": "glorot_uniform"}
+SMALL = {"width": 8, "activation": "relu", "initializer": "glorot_uniform"}
 
 
 def shaken(settings: Settings, shape: tuple[int, ...], classes: int, lbe: bool):
@@ -660,10 +661,11 @@ def test_run_from_before_a_setting_goes_on(run, tmp_path):
     status, _, error = run("--lbe", "--epochs", 2, "--norm", "layer")
     assert status == 2 and "(norm: none there, layer here)" in error
     # What version 0.1.0 called them.
-    assert Settings(depth=4).default_name() == "mnist-dense-4x128-4ed921"
+    old = {"activation": "relu", "depth": 4}
+    assert Settings(**old).default_name() == "mnist-dense-4x128-4ed921"
+    assert Settings(**old, norm="layer").default_name() != "mnist-dense-4x128-4ed921"
     old = {**PRESETS["port-mnist"], "model": "conv", "width": 8}
     assert Settings(**old).default_name() == "mnist-conv-500x8-a8aa09"
-    assert Settings(depth=4, norm="layer").default_name() != "mnist-dense-4x128-4ed921"
 
 
 # The command

@@ -103,7 +103,7 @@ class Settings:
     )
     heads: int = _setting(4, "of each attention of a transformer", added=True)
     kernel_size: int = _setting(3, "of convolutions")
-    activation: str = _setting("relu", "any of Keras")
+    activation: str = _setting("gelu", "any of Keras")
     initializer: str = _setting(
         LOOKS_LINEAR,
         f"of the hidden layers' kernels: {', '.join(OWN_INITIALIZERS)}, or any that "
@@ -296,7 +296,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "data": "digits",
         "depth": 50,
         "width": 64,
-        "activation": "gelu",
         "initializer": "he_normal",
         "lbe_alpha": 1.0,
         "lbe_alpha_min": 0.05,
@@ -311,6 +310,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": "vae",
         "depth": 20,
         "width": 64,
+        "activation": "relu",
         "initializer": "glorot_uniform",
         "learning_rate": 1e-3,
         "batch_size": 128,
@@ -322,7 +322,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "norm": "layer",
         "depth": 4,
         "width": 64,
-        "activation": "gelu",
         "initializer": "he_normal",
         "learning_rate": 2e-3,
         "batch_size": 64,
@@ -331,6 +330,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The TensorFlow port's own setting. Keras 2 divided its strength of 1.5 by the
     # batch size.
     "port-mnist": {
+        "activation": "relu",
         "initializer": "glorot_uniform",
         "lbe_strength": 1.5 / 512,
         "lbe_input": True,

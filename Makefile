@@ -51,7 +51,7 @@ PYTEST = LBE_REQUIRE_NATIVE=1 LBE_TEST_INSTALLED=1 \
 test: $(PACKAGE) $(TOOLS) ## all tests but the long ones, on the installed wheel (10 min, and 3 min to build)
 	cd tests && $(PYTEST) -m "not long and not slow and not gpu" $(PYTEST_ARGS)
 
-test-long: $(PACKAGE) $(TOOLS) ## the long tests: emulated CUDA, examples, several processes (20 min)
+test-long: $(PACKAGE) $(TOOLS) ## the long tests: emulated CUDA, examples, several processes (17 min)
 	cd tests && $(PYTEST) -m "long and not gpu" $(PYTEST_ARGS)
 
 test-all: test test-long ## both; what CI runs (30 min)

@@ -163,6 +163,17 @@ def read(path: pathlib.Path) -> Rows:
         ]
 
 
+def write(path: pathlib.Path, rows: Rows) -> None:
+    """The CSV file of all nets so far, whatever order they have ended in."""
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        for row in sorted(
+            rows, key=lambda row: (row["seed"], ARMS.index(row["arm"]), row["task"])
+        ):
+            writer.writerow(row | {name: f"{row[name]:.6g}" for name in MEASURES})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path)
@@ -186,18 +197,10 @@ def main() -> None:
             if (arm, seed) not in done
         ]
         for number, job in enumerate(concurrent.futures.as_completed(jobs), 1):
-            rows = sorted(
-                rows + job.result(),
-                key=lambda row: (row["seed"], ARMS.index(row["arm"]), row["task"]),
-            )
-            with replacing(path) as temporary, temporary.open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-                writer.writeheader()
-                for row in rows:
-                    measured = {name: f"{row[name]:.6g}" for name in MEASURES}
-                    writer.writerow(row | measured)
+            rows += job.result()
+            write(path, rows)
             print(f"{number} of {len(jobs)} nets", flush=True)
-    text = table(rows)
+    text = table(read(path))
     with replacing(path.with_suffix(".md")) as temporary:
         temporary.write_text(text)
     print(text, end="")
